@@ -1,0 +1,247 @@
+#include "kernels/cpu/pattern.h"
+
+#include <cstring>
+
+namespace fastprune::FASTPRUNE_ISA {
+namespace {
+
+// Calls f(column) for every nonzero byte of mask[0, n), in order, eight bytes at a time.
+template <typename F>
+inline void for_each_set(const uint8_t* mask, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, mask + i, 8);
+    while (word != 0) {
+      const int byte = __builtin_ctzll(word) / 8;
+      f(i + byte);
+      word &= ~(uint64_t{0xff} << (8 * byte));
+    }
+  }
+  for (; i < n; ++i) {
+    if (mask[i] != 0) f(i);
+  }
+}
+
+// Calls f(channel, tap) for every nonzero of one weight row; avoids a division per entry.
+template <typename F>
+inline void for_each_entry(const uint8_t* mask, const PatternView& p, F f) {
+  if (p.taps == 1) {
+    for_each_set(mask, p.depth, [&](int64_t c) { f(c, int64_t{0}); });
+    return;
+  }
+  for (int64_t c = 0; c < p.depth; ++c) {
+    for_each_set(mask + c * p.taps, p.taps, [&](int64_t t) { f(c, t); });
+  }
+}
+
+inline void running_sum(int64_t* row_ptr, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row_ptr[i + 1] += row_ptr[i];
+}
+
+}  // namespace
+
+void count_entries(const PatternView& forward, const PatternView& transposed, const uint8_t* mask,
+                   int64_t* row_ptr, int64_t* transposed_row_ptr) {
+  const int64_t n = forward.blocks() * forward.rows;
+  const int64_t n_t = transposed.blocks() * transposed.rows;
+  std::memset(row_ptr, 0, sizeof(int64_t) * static_cast<size_t>(n + 1));
+  std::memset(transposed_row_ptr, 0, sizeof(int64_t) * static_cast<size_t>(n_t + 1));
+  const int64_t rows_per_group = transposed.depth;
+  for (int64_t r = 0; r < forward.rows; ++r) {
+    const int64_t group = r / rows_per_group, in_group = r % rows_per_group;
+    int64_t* counts = row_ptr + 1 + r;
+    int64_t* counts_t = transposed_row_ptr + 1 +
+                        (in_group / transposed.block_depth) * transposed.rows +
+                        group * forward.depth;
+    const uint8_t* row = mask + r * forward.cols();
+    for (int64_t b = 0; b < forward.blocks(); ++b) {
+      PatternView part = forward;
+      part.depth = forward.depth_of(b);
+      const int64_t first = b * forward.block_depth;
+      int64_t found = 0;
+      for_each_entry(row + b * forward.block_cols(), part, [&](int64_t c, int64_t) {
+        ++found;
+        ++counts_t[first + c];
+      });
+      counts[b * forward.rows] = found;
+    }
+  }
+  running_sum(row_ptr, n);
+  running_sum(transposed_row_ptr, n_t);
+}
+
+void write_entries(const PatternView& forward, const PatternView& transposed, const uint8_t* mask,
+                   PatternBuffers out, PatternBuffers transposed_out, int64_t* cursor) {
+  const int64_t n_t = transposed.blocks() * transposed.rows;
+  std::memcpy(cursor, transposed_out.row_ptr, sizeof(int64_t) * static_cast<size_t>(n_t));
+  const int64_t rows_per_group = transposed.depth;
+  for (int64_t r = 0; r < forward.rows; ++r) {
+    const int64_t group = r / rows_per_group, in_group = r % rows_per_group;
+    const int64_t block_t = in_group / transposed.block_depth;
+    int64_t* cursor_t = cursor + block_t * transposed.rows + group * forward.depth;
+    const int64_t base_t = (in_group - block_t * transposed.block_depth) * transposed.taps;
+    const uint8_t* row = mask + r * forward.cols();
+    for (int64_t b = 0; b < forward.blocks(); ++b) {
+      PatternView part = forward;
+      part.depth = forward.depth_of(b);
+      const int64_t first = b * forward.block_depth;
+      int64_t at = out.row_ptr[b * forward.rows + r];
+      for_each_entry(row + b * forward.block_cols(), part, [&](int64_t c, int64_t t) {
+        out.offset[at++] = static_cast<int16_t>(c * forward.taps + t);
+        transposed_out.offset[cursor_t[first + c]++] = static_cast<int16_t>(base_t + t);
+      });
+    }
+  }
+}
+
+bool pattern_is_valid(const PatternView& p) {
+  const int64_t n = p.blocks() * p.rows;
+  if (p.row_ptr[0] != 0 || p.row_ptr[n] != p.nnz) return false;
+  bool ordered = true;
+  for (int64_t i = 0; i < n; ++i) ordered &= p.row_ptr[i] <= p.row_ptr[i + 1];
+  if (!ordered) return false;
+  for (int64_t b = 0; b < p.blocks(); ++b) {
+    const int64_t begin = p.row_ptr[b * p.rows], end = p.row_ptr[(b + 1) * p.rows];
+    uint16_t largest = 0;  // a negative offset reads as a large one
+    for (int64_t i = begin; i < end; ++i) {
+      const uint16_t o = static_cast<uint16_t>(p.offset[i]);
+      largest = o > largest ? o : largest;
+    }
+    if (begin < end && largest >= p.depth_of(b) * p.taps) return false;
+  }
+  return true;
+}
+
+namespace {
+
+template <typename S>
+void gather(const PatternView& p, const S* weight, Accumulator<S>* values, int64_t begin,
+            int64_t end) {
+  // Row after row, so that the dense weight is read in order; the blocks' outputs are few streams.
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t b = 0; b < p.blocks(); ++b) {
+      const S* w = weight + r * p.cols() + b * p.block_cols();
+      const int64_t last = p.row_ptr[b * p.rows + r + 1];
+      for (int64_t i = p.row_ptr[b * p.rows + r]; i < last; ++i) values[i] = widen(w[p.offset[i]]);
+    }
+  }
+}
+
+template <typename S>
+bool gather_transposed(const PatternView& p, const PatternView& t, const S* weight,
+                       Accumulator<S>* values, int64_t* cursor, int64_t begin, int64_t end) {
+  const int64_t blocks_t = t.blocks();
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t group = item / blocks_t, block_t = item % blocks_t;
+    const int64_t* bounds = t.row_ptr + block_t * t.rows + group * p.depth;
+    std::memcpy(cursor, bounds, sizeof(int64_t) * static_cast<size_t>(p.depth));
+    const int64_t first_row = group * t.depth + block_t * t.block_depth;
+    for (int64_t k = 0; k < t.depth_of(block_t); ++k) {
+      const int64_t r = first_row + k;
+      for (int64_t b = 0; b < p.blocks(); ++b) {
+        const S* w = weight + r * p.cols() + b * p.block_cols();
+        const int64_t last = p.row_ptr[b * p.rows + r + 1];
+        for (int64_t i = p.row_ptr[b * p.rows + r]; i < last; ++i) {
+          const int64_t o = p.offset[i];
+          const int64_t c = p.taps == 1 ? o : o / p.taps;
+          const int64_t channel = b * p.block_depth + c;
+          const int64_t at = cursor[channel]++;
+          // The entry must be the transposed pattern's next one, else the two disagree.
+          if (at >= bounds[channel + 1] || t.offset[at] != k * t.taps + (o - c * p.taps)) {
+            return false;
+          }
+          values[at] = widen(w[o]);
+        }
+      }
+    }
+  }
+  return true;
+}
+
+template <typename S>
+void scatter(const PatternView& p, const Accumulator<S>* values, S* grad, int64_t begin,
+             int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    S* row = grad + r * p.cols();
+    std::memset(row, 0, sizeof(S) * static_cast<size_t>(p.cols()));
+    for (int64_t b = 0; b < p.blocks(); ++b) {
+      S* g = row + b * p.block_cols();
+      const int64_t last = p.row_ptr[b * p.rows + r + 1];
+      for (int64_t i = p.row_ptr[b * p.rows + r]; i < last; ++i) {
+        g[p.offset[i]] = narrow<S>(values[i]);
+      }
+    }
+  }
+}
+
+template <typename T>
+int64_t filter(const PatternView& p, const T* values, const uint8_t* keep_tap, PatternBuffers out,
+               T* out_values) {
+  int64_t at = 0;
+  const int64_t n = p.blocks() * p.rows;
+  for (int64_t i = 0; i < n; ++i) {
+    out.row_ptr[i] = at;
+    for (int64_t e = p.row_ptr[i]; e < p.row_ptr[i + 1]; ++e) {
+      if (keep_tap[p.offset[e] % p.taps] == 0) continue;
+      out.offset[at] = p.offset[e];
+      out_values[at++] = values[e];
+    }
+  }
+  out.row_ptr[n] = at;
+  return at;
+}
+
+}  // namespace
+
+#define FASTPRUNE_BY_DTYPE(call)       \
+  switch (dtype) {                     \
+    case DType::f32: {                 \
+      using S = float;                 \
+      return call;                     \
+    }                                  \
+    case DType::f64: {                 \
+      using S = double;                \
+      return call;                     \
+    }                                  \
+    case DType::bf16: {                \
+      using S = BFloat16;              \
+      return call;                     \
+    }                                  \
+    default: {                         \
+      using S = Float16;               \
+      return call;                     \
+    }                                  \
+  }
+
+void gather_values(const PatternView& p, DType dtype, const void* weight, void* values,
+                   int64_t begin, int64_t end) {
+  FASTPRUNE_BY_DTYPE(gather<S>(p, static_cast<const S*>(weight),
+                               static_cast<Accumulator<S>*>(values), begin, end))
+}
+
+bool gather_transposed_values(const PatternView& p, const PatternView& t, DType dtype,
+                              const void* weight, void* values, int64_t* cursor, int64_t begin,
+                              int64_t end) {
+  FASTPRUNE_BY_DTYPE(gather_transposed<S>(p, t, static_cast<const S*>(weight),
+                                          static_cast<Accumulator<S>*>(values), cursor, begin,
+                                          end))
+}
+
+void scatter_values(const PatternView& p, DType dtype, const void* values, void* weight_grad,
+                    int64_t begin, int64_t end) {
+  FASTPRUNE_BY_DTYPE(scatter<S>(p, static_cast<const Accumulator<S>*>(values),
+                                static_cast<S*>(weight_grad), begin, end))
+}
+
+int64_t filter_taps(const PatternView& p, DType dtype, const void* values, const uint8_t* keep_tap,
+                    PatternBuffers out, void* out_values) {
+  if (dtype == DType::f64) {
+    return filter(p, static_cast<const double*>(values), keep_tap, out,
+                  static_cast<double*>(out_values));
+  }
+  return filter(p, static_cast<const float*>(values), keep_tap, out,
+                static_cast<float*>(out_values));
+}
+
+}  // namespace fastprune::FASTPRUNE_ISA

@@ -1,0 +1,71 @@
+// Packed sparsity patterns: what the sparse products read instead of a mask.
+//
+// A weight is seen as `rows` x (`depth` * `taps`): a linear layer has taps = 1, a convolution
+// taps = KH * KW and depth = input channels of a group. The depth is cut into blocks, small enough
+// that one block of activations stays in the L1 cache; entries are ordered by (block, row, offset).
+// An entry is 16 bits: its position inside the block, channel_in_block * taps + tap.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/scalar_types.h"
+
+namespace fastprune {
+
+struct PatternView {
+  int64_t rows;            // of all groups together
+  int64_t groups;          // rows / groups consecutive rows read the same channels
+  int64_t depth;           // channels that one row reads
+  int64_t taps;            // kernel positions per channel
+  int64_t block_depth;     // channels per block
+  int64_t nnz;             // number of entries
+  const int64_t* row_ptr;  // blocks() * rows + 1 bounds: entries of (b, r) from [b * rows + r]
+  const int16_t* offset;   // nnz positions inside their block
+
+  int64_t blocks() const { return depth == 0 ? 0 : (depth + block_depth - 1) / block_depth; }
+  int64_t cols() const { return depth * taps; }
+  int64_t block_cols() const { return block_depth * taps; }
+  // Channels of block b; the last block may be short.
+  int64_t depth_of(int64_t b) const {
+    const int64_t left = depth - b * block_depth;
+    return left < block_depth ? left : block_depth;
+  }
+};
+
+// The same for a pattern under construction.
+struct PatternBuffers {
+  int64_t* row_ptr;
+  int16_t* offset;
+};
+
+// The kernels below also take the transposed pattern of the weight, read by the input gradient: its
+// rows are the input channels (of all groups), its depth the output channels of a group.
+FASTPRUNE_PER_ISA(
+    // Writes the entry counts of (b, r) to row_ptr[b * rows + r + 1], for both patterns, then sums
+    // them up. mask: rows x cols bytes, 0 or 1. The views need no row_ptr, offset or nnz yet.
+    void count_entries(const PatternView& forward, const PatternView& transposed,
+                       const uint8_t* mask, int64_t* row_ptr, int64_t* transposed_row_ptr);
+    // Writes the entries. cursor: scratch for blocks * rows values of the larger pattern.
+    void write_entries(const PatternView& forward, const PatternView& transposed,
+                       const uint8_t* mask, PatternBuffers out, PatternBuffers transposed_out,
+                       int64_t* cursor);
+    // True when every bound and offset is in range: what a product needs to be memory safe.
+    bool pattern_is_valid(const PatternView& pattern);
+    // values[i] = weight at entry i, for the rows [begin, end).
+    void gather_values(const PatternView& forward, DType dtype, const void* weight, void* values,
+                       int64_t begin, int64_t end);
+    // The same in the order of the transposed pattern, for its (group, block) items [begin, end).
+    // cursor: scratch for transposed.rows values. False when the two patterns do not describe the
+    // same mask; nothing outside `values` was touched.
+    bool gather_transposed_values(const PatternView& forward, const PatternView& transposed,
+                                  DType dtype, const void* weight, void* values, int64_t* cursor,
+                                  int64_t begin, int64_t end);
+    // weight_grad (dense, rows x cols) = values at the entries, 0 elsewhere; rows [begin, end).
+    void scatter_values(const PatternView& forward, DType dtype, const void* values,
+                        void* weight_grad, int64_t begin, int64_t end);
+    // Keeps the entries whose tap is marked, for strided input gradients. Returns their number.
+    int64_t filter_taps(const PatternView& pattern, DType dtype, const void* values,
+                        const uint8_t* keep_tap, PatternBuffers out, void* out_values);)
+
+}  // namespace fastprune

@@ -1,0 +1,54 @@
+// The Python module: build information and the choice of ISA. Tensors never cross it; importing it
+// runs the static registrations of the torch ops that are linked in.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "kernels/cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::tuple split(const std::string& text) {
+  py::list parts;
+  for (size_t begin = 0; begin < text.size();) {
+    size_t end = text.find(',', begin);
+    if (end == std::string::npos) end = text.size();
+    parts.append(text.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return py::tuple(parts);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTPRUNE_VERSION;
+  info["compiler"] =
+#if defined(__clang__)
+      "clang " __clang_version__;
+#else
+      "gcc " __VERSION__;
+#endif
+  info["built_with_torch"] = FASTPRUNE_BUILT_WITH_TORCH;
+  info["cpu_isas"] = split(fastprune::built_isas());
+  info["cpu_isa"] = fastprune::isa_name(fastprune::current_isa());
+  info["cuda_version"] = FASTPRUNE_CUDA_VERSION;
+  info["cuda_architectures"] = split(FASTPRUNE_CUDA_ARCHITECTURES);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastprune's compiled part: build information and the choice of ISA.";
+  m.def("build_info", &build_info);
+  m.def("isa", [] { return std::string(fastprune::isa_name(fastprune::current_isa())); });
+  m.def("set_isa", [](const std::string& name) {
+    if (!fastprune::set_isa(name.c_str())) {
+      throw py::value_error("isa: expected one of " + std::string(fastprune::built_isas()) +
+                            " that this machine can run (its best is " +
+                            fastprune::isa_name(fastprune::best_isa()) + "), got '" + name + "'");
+    }
+  });
+}

@@ -1,0 +1,118 @@
+// What every op's torch side shares: argument checks, element types, work split over threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "kernels/cpu/scalar_types.h"
+
+namespace fastprune {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The element type of a floating tensor; the message names the op and the argument.
+inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name,
+                      ": expected float32, float64, bfloat16 or float16, got dtype ",
+                      torch::headeronly::toString(t.scalar_type()));
+  }
+}
+
+inline ScalarType accumulator_type(DType dtype) {
+  return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_cpu(const Tensor& t, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, ": expected a CPU tensor");
+}
+
+inline void check_dtype(const Tensor& t, ScalarType expected, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, ": expected dtype ",
+                  torch::headeronly::toString(expected), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+inline void check_dim(const Tensor& t, int64_t dim, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.dim() == dim, op, ": ", name, ": expected ", dim, " dimensions, got ",
+                  t.dim());
+}
+
+inline void check_size(const Tensor& t, int64_t dim, int64_t expected, const char* op,
+                       const char* name) {
+  STD_TORCH_CHECK(t.size(dim) == expected, op, ": ", name, ": expected size ", expected,
+                  " in dimension ", dim, ", got ", t.size(dim));
+}
+
+// a * b, refusing to overflow: sizes come from the caller.
+inline int64_t checked_product(int64_t a, int64_t b, const char* op) {
+  int64_t product = 0;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product) && product >= 0, op,
+                  ": sizes: the product of ", a, " and ", b, " does not fit 64 bits");
+  return product;
+}
+
+// Contiguous; the data pointer is what a kernel reads.
+inline Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
+
+// 64-byte aligned memory for one call of an op.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : data_(std::aligned_alloc(64, (static_cast<size_t>(bytes < 64 ? 64 : bytes) + 63) / 64 * 64)) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> data_;
+};
+
+inline int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// Calls f(begin, end, scratch) over [0, items) from at most thread_count() threads of torch's pool,
+// each with scratch_bytes of its own, aligned to 64. Results must not depend on the cuts.
+template <typename F>
+void for_each_range(int64_t items, int64_t scratch_bytes, const F& f) {
+  if (items <= 0) return;
+  const int64_t threads = thread_count();
+  const int64_t workers = items < threads ? items : threads;
+  const int64_t slot = (scratch_bytes + 63) / 64 * 64;
+  const Scratch scratch(checked_product(slot, workers, "fastprune"));
+  if (workers == 1) {
+    f(int64_t{0}, items, scratch.as<void>());
+    return;
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      f(items * w / workers, items * (w + 1) / workers, scratch.as<char>() + w * slot);
+    }
+  });
+}
+
+}  // namespace fastprune

@@ -1,0 +1,173 @@
+#include "ops/pattern.h"
+
+#include <atomic>
+#include <tuple>
+
+namespace fastprune {
+namespace {
+
+constexpr int64_t kMaxBlockCols = 32767;  // an offset is a non-negative int16
+
+PatternView view_of(const PatternShape& s, bool transposed) {
+  PatternView v{};
+  v.groups = s.groups;
+  v.taps = s.taps;
+  v.rows = transposed ? s.groups * s.depth : s.rows;
+  v.depth = transposed ? s.rows / s.groups : s.depth;
+  v.block_depth = transposed ? s.transposed_block_depth : s.block_depth;
+  return v;
+}
+
+void check_shape(const PatternShape& s, const char* op) {
+  STD_TORCH_CHECK(s.groups >= 1 && s.rows >= 0 && s.rows % s.groups == 0, op,
+                  ": groups: expected a positive divisor of the ", s.rows, " rows, got ", s.groups);
+  STD_TORCH_CHECK(s.taps >= 1 && s.depth >= 0, op, ": taps: expected at least 1, got ", s.taps);
+  for (int64_t block : {s.block_depth, s.transposed_block_depth}) {
+    STD_TORCH_CHECK(block >= 1 && checked_product(block, s.taps, op) <= kMaxBlockCols, op,
+                    ": block_depth: expected at least 1 and at most ", kMaxBlockCols / s.taps,
+                    ", got ", block);
+  }
+  checked_product(s.rows, checked_product(s.depth, s.taps, op), op);
+}
+
+// The kernels see a bool mask; the packed pattern and its transpose come back.
+std::tuple<Tensor, Tensor, Tensor, Tensor> pack_pattern(const Tensor& mask_in, int64_t groups,
+                                                        int64_t taps, int64_t block_depth,
+                                                        int64_t transposed_block_depth) {
+  const char* op = "pack_pattern";
+  check_cpu(mask_in, op, "mask");
+  check_dtype(mask_in, ScalarType::Bool, op, "mask");
+  check_dim(mask_in, 2, op, "mask");
+  STD_TORCH_CHECK(taps >= 1 && mask_in.size(1) % taps == 0, op,
+                  ": taps: expected a positive divisor of the ", mask_in.size(1),
+                  " columns, got ", taps);
+  const PatternShape shape{mask_in.size(0),  groups,      mask_in.size(1) / taps, taps,
+                           block_depth,      transposed_block_depth};
+  check_shape(shape, op);
+  const Tensor mask = dense(mask_in);
+  PatternView forward = view_of(shape, false), transposed = view_of(shape, true);
+  const int64_t bounds = checked_product(forward.blocks(), forward.rows, op) + 1;
+  const int64_t bounds_t = checked_product(transposed.blocks(), transposed.rows, op) + 1;
+  Tensor row_ptr = torch::stable::new_empty(mask, {bounds}, ScalarType::Long);
+  Tensor row_ptr_t = torch::stable::new_empty(mask, {bounds_t}, ScalarType::Long);
+  const uint8_t* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
+  int64_t* bounds_data = static_cast<int64_t*>(row_ptr.mutable_data_ptr());
+  int64_t* bounds_t_data = static_cast<int64_t*>(row_ptr_t.mutable_data_ptr());
+  FASTPRUNE_PICK(count_entries)(forward, transposed, bits, bounds_data, bounds_t_data);
+  const int64_t nnz = bounds_data[bounds - 1];
+  Tensor offset = torch::stable::new_empty(mask, {nnz}, ScalarType::Short);
+  Tensor offset_t = torch::stable::new_empty(mask, {nnz}, ScalarType::Short);
+  const Scratch cursor(checked_product(bounds_t, 8, op));
+  FASTPRUNE_PICK(write_entries)(
+      forward, transposed, bits,
+      PatternBuffers{bounds_data, static_cast<int16_t*>(offset.mutable_data_ptr())},
+      PatternBuffers{bounds_t_data, static_cast<int16_t*>(offset_t.mutable_data_ptr())},
+      cursor.as<int64_t>());
+  return {row_ptr, offset, row_ptr_t, offset_t};
+}
+
+}  // namespace
+
+PatternView checked_pattern(const Tensor& row_ptr, const Tensor& offset, const PatternShape& shape,
+                            bool transposed, const char* op) {
+  check_shape(shape, op);
+  PatternView v = view_of(shape, transposed);
+  const char* row_ptr_name = transposed ? "transposed_row_ptr" : "row_ptr";
+  const char* offset_name = transposed ? "transposed_offset" : "offset";
+  check_cpu(row_ptr, op, row_ptr_name);
+  check_cpu(offset, op, offset_name);
+  check_dtype(row_ptr, ScalarType::Long, op, row_ptr_name);
+  check_dtype(offset, ScalarType::Short, op, offset_name);
+  check_dim(row_ptr, 1, op, row_ptr_name);
+  check_dim(offset, 1, op, offset_name);
+  STD_TORCH_CHECK(row_ptr.is_contiguous() && offset.is_contiguous(), op, ": ", row_ptr_name,
+                  ": expected contiguous index tensors");
+  check_size(row_ptr, 0, checked_product(v.blocks(), v.rows, op) + 1, op, row_ptr_name);
+  v.nnz = offset.numel();
+  v.row_ptr = static_cast<const int64_t*>(row_ptr.const_data_ptr());
+  v.offset = static_cast<const int16_t*>(offset.const_data_ptr());
+  STD_TORCH_CHECK(FASTPRUNE_PICK(pattern_is_valid)(v), op, ": ", row_ptr_name, ": expected bounds "
+                  "that start at 0, never decrease and end at the ", v.nnz, " entries of ",
+                  offset_name, ", and offsets inside their block");
+  return v;
+}
+
+Tensor forward_values(const PatternView& forward, const Tensor& weight, const char* op) {
+  const DType dtype = dtype_of(weight, op, "weight");
+  Tensor values = torch::stable::new_empty(weight, {forward.nnz}, accumulator_type(dtype));
+  const void* from = weight.const_data_ptr();
+  void* to = values.mutable_data_ptr();
+  for_each_range(forward.rows, 0, [&](int64_t begin, int64_t end, void*) {
+    FASTPRUNE_PICK(gather_values)(forward, dtype, from, to, begin, end);
+  });
+  return values;
+}
+
+Tensor transposed_values(const PatternView& forward, const PatternView& transposed,
+                         const Tensor& weight, const char* op) {
+  const DType dtype = dtype_of(weight, op, "weight");
+  STD_TORCH_CHECK(forward.nnz == transposed.nnz, op,
+                  ": transposed_offset: expected the ", forward.nnz, " entries of offset, got ",
+                  transposed.nnz);
+  Tensor values = torch::stable::new_empty(weight, {transposed.nnz}, accumulator_type(dtype));
+  const void* from = weight.const_data_ptr();
+  void* to = values.mutable_data_ptr();
+  std::atomic<bool> agree{true};
+  for_each_range(transposed.groups * transposed.blocks(), transposed.rows * 8,
+                 [&](int64_t begin, int64_t end, void* cursor) {
+                   if (!FASTPRUNE_PICK(gather_transposed_values)(
+                           forward, transposed, dtype, from, to, static_cast<int64_t*>(cursor),
+                           begin, end)) {
+                     agree = false;
+                   }
+                 });
+  STD_TORCH_CHECK(agree.load(), op,
+                  ": transposed_offset: expected the transpose of the pattern in offset");
+  return values;
+}
+
+void scatter_to_dense(const PatternView& forward, DType dtype, const Tensor& values,
+                      Tensor& weight_grad) {
+  const void* from = values.const_data_ptr();
+  void* to = weight_grad.mutable_data_ptr();
+  for_each_range(forward.rows, 0, [&](int64_t begin, int64_t end, void*) {
+    FASTPRUNE_PICK(scatter_values)(forward, dtype, from, to, begin, end);
+  });
+}
+
+std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows,
+                                   ScalarType dtype, const char* op) {
+  if (!bias.has_value()) return std::nullopt;
+  check_cpu(*bias, op, "bias");
+  check_dim(*bias, 1, op, "bias");
+  check_size(*bias, 0, rows, op, "bias");
+  check_dtype(*bias, dtype, op, "bias");
+  return dense(torch::stable::to(*bias, accumulator_type(dtype_of(*bias, op, "bias"))));
+}
+
+Cuts cut_product(int64_t points, int64_t tile, int64_t rows) {
+  Cuts cuts{(points + tile - 1) / tile, 1, rows};
+  const int64_t threads = thread_count();
+  if (rows > 0 && cuts.tiles > 0 && cuts.tiles < threads) {
+    // Every part packs the panel anew: no more parts than threads.
+    const int64_t parts = (threads + cuts.tiles - 1) / cuts.tiles;
+    cuts.parts = parts < rows ? parts : rows;
+  }
+  return cuts;
+}
+
+Cuts cut_rows(int64_t rows) {
+  const int64_t threads = thread_count();
+  return Cuts{rows == 0 ? 0 : 1, rows == 0 ? 1 : rows < threads ? rows : threads, rows};
+}
+
+}  // namespace fastprune
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
+  m.def(
+      "pack_pattern(Tensor mask, int groups, int taps, int block_depth, "
+      "int transposed_block_depth) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
+  m.impl("pack_pattern", TORCH_BOX(&fastprune::pack_pattern));
+}

@@ -1,0 +1,46 @@
+"""fastprune: neural network pruning whose speedups are measured.
+
+Prune a PyTorch model with any of the published methods, swap its layers for sparse ones with one
+call, and see wall-clock time fall. See :func:`prune`, :func:`accelerate` and the README.
+"""
+
+from fastprune import _extension
+
+_C = _extension.load()
+
+from fastprune import data, models, nn, ops, reference, timing  # noqa: E402
+from fastprune.build import build_info  # noqa: E402
+from fastprune.convert import Report, accelerate, finalize  # noqa: E402
+from fastprune.masks import Masks  # noqa: E402
+from fastprune.ops import (  # noqa: E402
+    Pattern,
+    global_topk_mask,
+    masked_conv2d,
+    masked_linear,
+    pack,
+)
+from fastprune.pruners import Pruner, prune, score  # noqa: E402
+
+__version__: str = _C.build_info()["version"]
+
+__all__ = [
+    "Masks",
+    "Pattern",
+    "Pruner",
+    "Report",
+    "accelerate",
+    "build_info",
+    "data",
+    "finalize",
+    "global_topk_mask",
+    "masked_conv2d",
+    "masked_linear",
+    "models",
+    "nn",
+    "ops",
+    "pack",
+    "prune",
+    "reference",
+    "score",
+    "timing",
+]

@@ -1,0 +1,299 @@
+"""From a model and its masks to a faster model: measured layer by layer, never slower."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune import folding, timing
+from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear
+from fastprune.report import LayerReport, Report
+
+# A layer is swapped when it is at least this much faster: noise must not decide.
+_MARGIN = 1.03
+
+
+def accelerate(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    example_input: Any,
+    *,
+    training: bool = False,
+    fold_batchnorm: bool = False,
+    min_time: float = 0.05,
+) -> tuple[nn.Module, Report]:
+    """Return a copy of a pruned model whose layers are sparse where that is faster here.
+
+    Every masked linear and 2-d convolution layer is timed on the input that ``example_input``
+    brings to it: its sparse kernel against torch's dense one (the better of contiguous and
+    channels_last), both with the weights pruned. The faster one is kept. Then the whole models are
+    timed, and if the copy loses, all its layers go back to dense kernels. Timings are of this
+    machine, thread count, dtype and input shape; the report says what was decided and why.
+
+    The layers become :class:`fastprune.nn.MaskedLinear` / :class:`fastprune.nn.MaskedConv2d`
+    (with ``sparse=False`` where dense won): the ``state_dict`` keys of the model, plus the masks,
+    and pruned weights stay pruned in training. Masked parameters of other layers (1-d and 3-d
+    convolutions, say) are set to zero once, and the report names them.
+
+    Args:
+        model: not changed. Its own train / eval mode is kept, except as said below.
+        masks: parameter name -> bool tensor of the weight's shape; a :class:`fastprune.Masks` or
+            any mapping. Names as in ``model.named_parameters()``.
+        example_input: a Tensor, or a tuple of positional arguments, of the shapes that will be
+            used; its values do not matter unless the model branches on them.
+        training: time forward and backward instead of inference, and prepare for training.
+        fold_batchnorm: fold BatchNorm layers into the convolution or linear layer before them.
+            For inference: the result is in evaluation mode.
+        min_time: seconds spent on timing each candidate of each layer.
+    Returns:
+        (fast model, :class:`Report`). ``print(report)`` shows it as a table.
+    Raises:
+        TypeError: ``masks`` is not a mapping of names to bool tensors.
+        ValueError: a name in ``masks`` is no parameter of the model, a mask has another shape, or
+            ``fold_batchnorm`` is combined with ``training``.
+    Cost: two copies of the model, and about 4 * ``min_time`` per masked layer.
+    """
+    if training and fold_batchnorm:
+        raise ValueError(
+            "fold_batchnorm: expected False with training=True: folding is for inference"
+        )
+    weights = _check(model, masks)
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    dense = copy.deepcopy(model)
+    _prune_(dense, masks)
+    folded = 0
+    if fold_batchnorm:
+        dense.eval()
+        folded = folding.fold_batchnorm_(dense)
+    fast = copy.deepcopy(dense)
+    owners = {name: owner for name, owner in weights.items() if _supported(model, owner)}
+    inputs = _record_inputs(dense, {owner for owner in owners.values()}, arguments, training)
+    layers, used = [], set()
+    for name, owner in weights.items():
+        if name not in owners:
+            kind = type(model.get_submodule(owner)).__name__
+            layers.append(
+                LayerReport.kept(name, kind, masks[name], f"no sparse kernel for {kind}")
+            )
+            continue
+        layer = dense.get_submodule(owner)
+        if id(layer) in used:
+            continue
+        used.add(id(layer))
+        masked = _masked(fast.get_submodule(owner), masks[name].to(layer.weight.device))  # type: ignore[arg-type]
+        layers.append(_choose(name, layer, masked, inputs.get(owner), training, min_time))
+        _replace(fast, owner, masked)
+    report = Report(layers=layers, training=training, folded=folded)
+    _compare_whole(dense, fast, arguments, report, min_time)
+    return fast, report
+
+
+def finalize(model: nn.Module) -> nn.Module:
+    """Return a copy with plain dense layers again, the pruned weights stored as zeros.
+
+    The ``state_dict`` has the keys of the original model, without masks, and loads into it with
+    ``strict=True``. ``model`` is not changed.
+    """
+    plain = copy.deepcopy(model)
+    for name, layer in list(plain.named_modules()):
+        if isinstance(layer, MaskedLayer):
+            plain = _replace(plain, name, _plain(layer))
+    return plain
+
+
+def _plain(layer: MaskedLayer) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.data.masked_fill_(~layer.weight_mask, 0)
+    dense = nn.Linear if isinstance(layer, MaskedLinear) else nn.Conv2d
+    plain = dense.__new__(dense)
+    nn.Module.__init__(plain)
+    hidden = {"weight_grad", "sparse", "_pattern", "_kernel_padding"}
+    internal = set(plain.__dict__)
+    for key, value in layer.__dict__.items():
+        if key not in internal and key not in hidden:
+            setattr(plain, key, value)
+    plain.weight = layer.weight  # type: ignore[assignment]
+    plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
+    plain.train(layer.training)
+    return plain
+
+
+def _check(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
+    """Parameter name -> name of the module that owns it, for every mask; or an error."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks: expected a mapping of names, got {type(masks).__name__}")
+    parameters = dict(model.named_parameters())
+    owners = {}
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"masks[{name!r}]: expected a bool tensor")
+        if name not in parameters:
+            raise ValueError(f"masks[{name!r}]: the model has no parameter of that name")
+        if mask.shape != parameters[name].shape:
+            raise ValueError(
+                f"masks[{name!r}]: expected shape {tuple(parameters[name].shape)}, got "
+                f"{tuple(mask.shape)}"
+            )
+        owners[name] = name.rpartition(".")[0]
+    return owners
+
+
+def _supported(model: nn.Module, owner: str) -> bool:
+    layer = model.get_submodule(owner)
+    # Exact types: a subclass may do something else in its forward pass.
+    return type(layer) in (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)
+
+
+def _prune_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, mask in masks.items():
+            weight = model.get_parameter(name)
+            weight.masked_fill_(~mask.to(weight.device), 0)
+
+
+def _masked(layer: nn.Module, mask: Tensor) -> MaskedLayer:
+    if isinstance(layer, MaskedLayer):
+        layer = _plain(layer)
+    if isinstance(layer, nn.Linear):
+        return MaskedLinear(layer, mask)
+    assert isinstance(layer, nn.Conv2d)
+    return MaskedConv2d(layer, mask)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """Put ``layer`` in place of the submodule, wherever it is shared; returns the (new) root."""
+    if name == "":
+        return layer
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, child_name, layer)
+    return model
+
+
+def _record_inputs(
+    model: nn.Module, owners: set[str], arguments: tuple[Any, ...], training: bool
+) -> dict[str, Tensor]:
+    """The first input that each owner sees; buffers are not touched."""
+    probe = copy.deepcopy(model)
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen.setdefault(name, inputs[0].detach().clone())
+
+        return record
+
+    for owner in owners:
+        probe.get_submodule(owner).register_forward_pre_hook(hook(owner))
+    probe.train(training or model.training)
+    with torch.random.fork_rng(), torch.no_grad():
+        probe(*arguments)
+    return seen
+
+
+def _step(layer: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
+    """One inference pass, or one forward and backward pass, of a layer."""
+    if not training:
+
+        def infer() -> None:
+            with torch.inference_mode():
+                layer(x)
+
+        return infer
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    with torch.no_grad():
+        grad = torch.ones_like(layer(x))
+    wanted = [x, *[p for p in layer.parameters() if p.requires_grad]]
+
+    def train() -> None:
+        torch.autograd.grad(layer(x), wanted, grad)
+
+    return train
+
+
+def _choose(
+    name: str,
+    dense: nn.Module,
+    masked: MaskedLayer,
+    x: Tensor | None,
+    training: bool,
+    min_time: float,
+) -> LayerReport:
+    """Time the two kernels of one layer and set ``masked.sparse``."""
+    row = LayerReport.kept(
+        name, type(dense).__name__, masked.weight_mask, "", tuple(x.shape) if x is not None else ()
+    )
+    if x is None or x.device.type != "cpu":
+        masked.sparse = False
+        row.reason = (
+            "not reached by example_input" if x is None else f"no kernel for {x.device.type} yet"
+        )
+        return row
+    candidates = {
+        "sparse": _step(copy.deepcopy(masked).train(training), x, training),
+        "contiguous": _step(copy.deepcopy(dense).train(training), x.contiguous(), training),
+    }
+    if x.dim() == 4:
+        last = torch.channels_last
+        candidates["channels_last"] = _step(
+            copy.deepcopy(dense).train(training).to(memory_format=last),  # type: ignore[call-overload]
+            x.contiguous(memory_format=last),
+            training,
+        )
+    times = timing.measure(candidates, min_time=min_time)
+    sparse = times.pop("sparse")
+    best = min(times, key=lambda key: times[key].median)
+    row.sparse_ms, row.dense_ms = sparse.median * 1e3, times[best].median * 1e3
+    masked.sparse = row.sparse_ms * _MARGIN < row.dense_ms
+    row.chosen = "sparse" if masked.sparse else "dense"
+    if not masked.sparse:
+        row.reason = f"dense ({best}) is faster"
+    return row
+
+
+def _compare_whole(
+    dense: nn.Module, fast: nn.Module, arguments: tuple[Any, ...], report: Report, min_time: float
+) -> None:
+    """Time the models end to end; where the copy loses, its layers go back to dense kernels."""
+
+    def step(model: nn.Module) -> Callable[[], object]:
+        model = copy.deepcopy(model).train(report.training)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def infer() -> None:
+            with torch.inference_mode():
+                model(*arguments)
+
+        def train() -> None:
+            with torch.enable_grad():
+                loss = sum(t.float().sum() for t in _tensors(model(*arguments)))
+                torch.autograd.grad(loss, parameters, allow_unused=True)  # type: ignore[arg-type]
+
+        return train if report.training else infer
+
+    # Dropout draws random numbers; the caller's generator is left where it was.
+    with torch.random.fork_rng():
+        times = timing.measure({"dense": step(dense), "fast": step(fast)}, min_time=4 * min_time)
+    report.dense_ms, report.fast_ms = times["dense"].median * 1e3, times["fast"].median * 1e3
+    report.timings = {name: t.to_dict() for name, t in times.items()}
+    if report.fast_ms <= report.dense_ms or not any(r.chosen == "sparse" for r in report.layers):
+        return
+    for layer in fast.modules():
+        if isinstance(layer, MaskedLayer):
+            layer.sparse = False
+    for row in report.layers:
+        if row.chosen == "sparse":
+            row.chosen, row.reason = "dense", "the whole model was not faster with sparse layers"
+    report.reverted = True
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Every floating tensor in a model's output."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]

@@ -1,0 +1,97 @@
+"""2-d convolution layer with an unstructured mask."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprune.nn.masked import MaskedLayer, WeightGrad
+from fastprune.ops.masked_conv2d import apply_conv2d
+from fastprune.ops.pattern import autocast, check_operands
+
+
+class MaskedConv2d(MaskedLayer, nn.Conv2d):
+    """``nn.Conv2d`` of which only the weights under a mask exist.
+
+    Same parameters and ``state_dict`` keys as ``nn.Conv2d``, plus ``weight_mask``; a dense
+    layer's ``state_dict`` loads with ``strict=True`` and leaves the mask as it is. Stride,
+    padding (numbers, ``"same"``, ``"valid"``, every ``padding_mode``), dilation and groups are
+    those of the dense layer. A channels_last input is read through a copy; the output is
+    contiguous.
+
+    Args:
+        layer: the dense layer; its Parameters are used, not copied.
+        mask: bool tensor shaped like the weight, True where kept; copied.
+        weight_grad: ``"sampled"`` or ``"dense"``, see :func:`fastprune.masked_linear`.
+        sparse: False runs torch's dense convolution on the masked weight instead of the sparse
+            kernel, with the same meaning.
+    Shape: as ``nn.Conv2d``: (batch, in, height, width) or (in, height, width).
+    Raises:
+        TypeError, ValueError: ``layer`` is not an ``nn.Conv2d`` with a plain weight, or ``mask``
+            does not fit it.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Conv2d,
+        mask: Tensor,
+        *,
+        weight_grad: WeightGrad = "sampled",
+        sparse: bool = True,
+    ) -> None:
+        if not isinstance(layer, nn.Conv2d):
+            raise TypeError(f"layer: expected an nn.Conv2d, got {type(layer).__name__}")
+        nn.Module.__init__(self)
+        for name in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "transposed",
+            "output_padding",
+            "groups",
+            "padding_mode",
+            "_reversed_padding_repeated_twice",
+        ):
+            setattr(self, name, getattr(layer, name))
+        self._adopt(layer, mask, weight_grad, sparse)
+        # (left, right, top, bottom): symmetric zero padding goes to the kernel, the rest to F.pad.
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        zeros = self.padding_mode == "zeros"
+        self._kernel_padding = (
+            (int(top), int(left)) if zeros and left == right and top == bottom else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in, height, width) -> (batch, out, out height, out width)."""
+        if not self.sparse:
+            return self._conv_forward(x, self._dense_weight(), self.bias)
+        x, weight, bias = autocast(x, self.weight, self.bias)  # type: ignore[assignment]
+        check_operands("masked_conv2d", x, weight, bias)
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"masked_conv2d: x: expected shape (batch, {self.in_channels}, height, width), "
+                f"got {tuple(x.shape)}"
+            )
+        padding = self._kernel_padding
+        if padding is None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        return apply_conv2d(
+            x,
+            weight,
+            bias,
+            self._pattern,
+            self.stride,  # type: ignore[arg-type]
+            padding,
+            self.dilation,  # type: ignore[arg-type]
+            self.groups,
+            self.weight_grad == "dense",
+        )
+
+    def extra_repr(self) -> str:
+        """The dense layer's description and the mask's."""
+        return f"{super().extra_repr()}, {self._mask_repr()}"

@@ -1,0 +1,162 @@
+"""What the masked layers share: the mask, its packed pattern, and weights that stay pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.ops.pattern import Pattern, pack
+
+WeightGrad = Literal["sampled", "dense"]
+
+
+class MaskedLayer(nn.Module):
+    """Base of :class:`MaskedLinear` and :class:`MaskedConv2d`; not used on its own.
+
+    ``weight`` stays a dense Parameter, so optimizers, initializers, weight averages and checkpoints
+    work as before. The buffer ``weight_mask`` (bool) says which weights exist. The forward pass
+    never reads an absent weight. With ``weight_grad="sampled"`` (a fixed mask) absent weights also
+    get no gradient and are stored as exact zeros: they are set to zero when the mask is set, when
+    the layer enters evaluation mode and before its state is saved, whatever an optimizer with old
+    momentum did to them. With ``weight_grad="dense"`` they keep their values and their gradients
+    (dynamic pruning).
+    """
+
+    weight: nn.Parameter
+    weight_mask: Tensor
+    weight_grad: WeightGrad
+    sparse: bool
+    _pattern: Pattern
+
+    def _adopt(
+        self, layer: nn.Module, mask: Tensor, weight_grad: WeightGrad, sparse: bool
+    ) -> None:
+        """Take over the parameters of a dense layer; called by the subclasses' constructors."""
+        if weight_grad not in ("sampled", "dense"):
+            raise ValueError(f"weight_grad: expected 'sampled' or 'dense', got {weight_grad!r}")
+        if getattr(layer, "parametrizations", None) or hasattr(layer, "weight_orig"):
+            raise ValueError(
+                "layer: expected a plain weight, got one that is parametrized or pruned by "
+                "torch.nn.utils; remove that first"
+            )
+        weight, bias = layer.weight, layer.bias
+        self.weight = weight  # type: ignore[assignment]
+        self.register_parameter("bias", bias)  # type: ignore[arg-type]
+        self.weight_grad = weight_grad
+        self.sparse = sparse
+        self._set_mask(mask, register=True)
+        self.train(layer.training)
+        self.register_state_dict_pre_hook(_clear_pruned)
+
+    def _groups(self) -> int:
+        return int(getattr(self, "groups", 1))
+
+    def _set_mask(self, mask: Tensor, register: bool) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"mask: expected a bool tensor, got {got}")
+        if mask.shape != self.weight.shape:
+            raise ValueError(
+                f"mask: expected the weight's shape {tuple(self.weight.shape)}, got "
+                f"{tuple(mask.shape)}"
+            )
+        mask = mask.detach().to(self.weight.device).clone()
+        # Packed first: if packing fails, the layer is as it was.
+        pattern = pack(mask, groups=self._groups())
+        if register:
+            self.register_buffer("weight_mask", mask)
+        else:
+            self.weight_mask = mask
+        self._pattern = pattern
+        self.clear_pruned_()
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Replace the mask, and pack it anew.
+
+        Args:
+            mask: bool tensor shaped like ``weight``, any device; it is copied.
+        Raises:
+            TypeError, ValueError: as :func:`fastprune.pack`; the layer is then unchanged.
+        """
+        self._set_mask(mask, register=False)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The packed mask that the sparse products read."""
+        return self._pattern
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of absent weights, in [0, 1]."""
+        return 1.0 - self._pattern.nnz / max(self.weight_mask.numel(), 1)
+
+    def clear_pruned_(self) -> None:
+        """Store exact zeros in the absent weights (not with ``weight_grad="dense"``)."""
+        if self.weight_grad == "sampled":
+            with torch.no_grad():
+                # Through .data: the version counter that autograd checks must not move.
+                self.weight.data.masked_fill_(~self.weight_mask, 0)
+
+    def present_weight(self) -> Tensor:
+        """W * M as a dense tensor, with its gradient: what the dense path multiplies by."""
+        return torch.where(self.weight_mask, self.weight, torch.zeros_like(self.weight))
+
+    def _dense_weight(self) -> Tensor:
+        """The weight for the dense path."""
+        if self.weight_grad == "dense":
+            return _PrunedWithDenseGrad.apply(self.weight, self.weight_mask)  # type: ignore[no-any-return]
+        if self.training or torch.is_grad_enabled():
+            return self.present_weight()
+        return self.weight  # zeros are stored: clear_pruned_ ran when evaluation began
+
+    def train(self, mode: bool = True) -> MaskedLayer:
+        """As ``nn.Module.train``; leaving training mode also clears the absent weights."""
+        super().train(mode)
+        if not mode and "weight_mask" in self._buffers and not self.weight.is_meta:
+            self.clear_pruned_()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLayer:
+        super()._apply(fn, recurse)
+        if self._pattern.row_ptr.device != self.weight_mask.device:
+            self._pattern = self._pattern.to(self.weight_mask.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        key = prefix + "weight_mask"
+        added = key not in state_dict
+        if added:  # a dense checkpoint: the layer keeps its mask
+            state_dict[key] = self.weight_mask
+        old = self.weight_mask.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if added:
+            del state_dict[key]
+        if not torch.equal(old, self.weight_mask):
+            self._pattern = pack(self.weight_mask, groups=self._groups())
+        self.clear_pruned_()
+
+    def _mask_repr(self) -> str:
+        how = "" if self.sparse else ", dense kernel"
+        return f"sparsity={self.sparsity:.4f}, weight_grad={self.weight_grad}{how}"
+
+
+def _clear_pruned(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    assert isinstance(module, MaskedLayer)
+    module.clear_pruned_()
+
+
+class _PrunedWithDenseGrad(torch.autograd.Function):
+    """W * M in the forward pass, the whole gradient to W in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight, torch.zeros_like(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None

@@ -1,0 +1,295 @@
+"""2-d convolution with an unstructured mask on its weight."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastprune import reference
+from fastprune.ops.pattern import (
+    Pattern,
+    as_pattern,
+    autocast,
+    check_operands,
+    check_weight_grad,
+)
+
+Size2 = int | tuple[int, int] | list[int]
+
+
+def pair(name: str, value: Size2, least: int) -> tuple[int, int]:
+    """(height, width) from an int or two ints, each at least ``least``."""
+    both = (value, value) if isinstance(value, int) else tuple(value)
+    if len(both) != 2 or any(not isinstance(v, int) or v < least for v in both):
+        raise ValueError(
+            f"masked_conv2d: {name}: expected an int or two ints of at least {least}, got {value!r}"
+        )
+    return both
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | Pattern,
+    bias: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    *,
+    weight_grad: Literal["sampled", "dense"] = "sampled",
+) -> Tensor:
+    r"""2-d convolution of which only the weights under ``mask`` exist.
+
+    As ``torch.nn.functional.conv2d`` with the weight W * M; a weight outside the mask is absent (a
+    NaN or infinity that only it would have read does not reach the output).
+
+    Args:
+        x: (batch, in, height, width) or (in, height, width); float32, float64, bfloat16 or
+            float16. Any strides; channels_last is read through a copy.
+        weight: (out, in / groups, kernel height, kernel width), dtype and device of ``x``.
+        mask: bool tensor shaped like ``weight``, True where kept, or the :class:`Pattern` that
+            ``fastprune.pack(mask, groups=groups)`` made of it. A tensor is packed at every call.
+        bias: (out,) or None.
+        stride, padding, dilation: ints or (height, width), in pixels; padding is zeros.
+        groups: any divisor of in and out; groups = in is a depthwise convolution.
+        weight_grad: ``"sampled"`` at the mask or ``"dense"``, as in
+            :func:`fastprune.masked_linear`.
+    Returns:
+        (batch, out, height, width), contiguous, in the dtype of ``x``; bfloat16 and float16 are
+        accumulated in float32 and rounded once. The same bits for any number of threads.
+    Raises:
+        TypeError: a dtype is unsupported or differs between arguments, or ``mask`` is neither.
+        ValueError: shapes, devices or the geometry do not fit; the message names the argument.
+    Cost: 2 * nnz * batch * output pixels flops; each input pixel is packed once per block of
+    channels and row strip. Differentiable once. On a CUDA device the plain-torch reference runs.
+    """
+    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    check_operands("masked_conv2d", x, weight, bias)
+    dense_grad = check_weight_grad("masked_conv2d", weight_grad)
+    if weight.dim() != 4:
+        raise ValueError(
+            f"masked_conv2d: weight: expected 4 dimensions, got shape {tuple(weight.shape)}"
+        )
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"masked_conv2d: groups: expected a positive divisor of the {weight.shape[0]} output "
+            f"channels, got {groups}"
+        )
+    geometry = (
+        pair("stride", stride, 1),
+        pair("padding", padding, 0),
+        pair("dilation", dilation, 1),
+    )
+    if x.dim() not in (3, 4) or x.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"masked_conv2d: x: expected shape (batch, {weight.shape[1] * groups}, height, width), "
+            f"got {tuple(x.shape)}"
+        )
+    for axis in (0, 1):
+        room = x.shape[axis - 2] + 2 * geometry[1][axis]
+        span = geometry[2][axis] * (weight.shape[axis + 2] - 1) + 1
+        if room < span or x.shape[axis - 2] < 1:
+            raise ValueError(
+                f"masked_conv2d: x: expected a padded {('height', 'width')[axis]} of at least "
+                f"{span}, got {room}"
+            )
+    pattern = as_pattern(mask, weight, groups)
+    return apply_conv2d(x, weight, bias, pattern, *geometry, groups, dense_grad)
+
+
+def apply_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    dense_weight_grad: bool,
+) -> Tensor:
+    """The op on arguments that are known to fit: what the layer calls in its forward pass."""
+    y: Tensor = torch.ops.fastprune.masked_conv2d(
+        x if x.dim() == 4 else x.unsqueeze(0),
+        weight,
+        bias,
+        pattern.row_ptr,
+        pattern.offset,
+        pattern.transposed_row_ptr,
+        pattern.transposed_offset,
+        pattern.block_depth,
+        pattern.transposed_block_depth,
+        stride,
+        padding,
+        dilation,
+        groups,
+        dense_weight_grad,
+    )
+    return y if x.dim() == 4 else y.squeeze(0)
+
+
+@torch.library.register_fake("fastprune::masked_conv2d")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    offset: Tensor,
+    transposed_row_ptr: Tensor,
+    transposed_offset: Tensor,
+    block_depth: int,
+    transposed_block_depth: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    dense_weight_grad: bool,
+) -> Tensor:
+    out = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1)
+        // stride[i]
+        + 1
+        for i in (0, 1)
+    ]
+    return x.new_empty(x.shape[0], weight.shape[0], *out)
+
+
+@torch.library.register_fake("fastprune::masked_conv2d_input_grad")
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    row_ptr: Tensor,
+    offset: Tensor,
+    transposed_row_ptr: Tensor,
+    transposed_offset: Tensor,
+    block_depth: int,
+    transposed_block_depth: int,
+    x_sizes: list[int],
+    *_rest: Any,
+) -> Tensor:
+    return grad.new_empty(x_sizes)
+
+
+@torch.library.register_fake("fastprune::masked_conv2d_weight_grad")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    row_ptr: Tensor,
+    offset: Tensor,
+    block_depth: int,
+    weight_sizes: list[int],
+    *_rest: Any,
+) -> Tensor:
+    return x.new_empty(weight_sizes)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *pattern = inputs[:7]
+    ctx.save_for_backward(x, weight, *pattern)
+    ctx.blocks = inputs[7:9]
+    ctx.geometry = inputs[9:13]
+    ctx.dense_weight_grad = inputs[13]
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *pattern = ctx.saved_tensors
+    x_grad = weight_grad = bias_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = torch.ops.fastprune.masked_conv2d_input_grad(
+            grad, weight, *pattern, *ctx.blocks, x.shape, *ctx.geometry
+        )
+    if ctx.needs_input_grad[1]:
+        if ctx.dense_weight_grad:
+            weight_grad = _dense_weight_grad(grad, x, weight, *ctx.geometry)
+        else:
+            weight_grad = torch.ops.fastprune.masked_conv2d_weight_grad(
+                grad, x, pattern[0], pattern[1], ctx.blocks[0], weight.shape, *ctx.geometry
+            )
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        bias_grad = grad.sum(dim=(0, 2, 3))
+    return (x_grad, weight_grad, bias_grad, *[None] * 11)
+
+
+def _dense_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    # torch's own dense kernel: nothing of the pattern enters this gradient.
+    wanted = [False, True, False]
+    return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
+    )[1]
+
+
+torch.library.register_autograd(
+    "fastprune::masked_conv2d", _backward, setup_context=_setup_context
+)
+
+
+@torch.library.register_kernel("fastprune::masked_conv2d", "cuda")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    offset: Tensor,
+    _t_row_ptr: Tensor,
+    _t_offset: Tensor,
+    block_depth: int,
+    _t_block_depth: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    _dense_weight_grad: bool,
+) -> Tensor:
+    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block_depth)
+    return reference.masked_conv2d(x, weight, mask, bias, stride, padding, dilation, groups)
+
+
+@torch.library.register_kernel("fastprune::masked_conv2d_input_grad", "cuda")
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    row_ptr: Tensor,
+    offset: Tensor,
+    _t_row_ptr: Tensor,
+    _t_offset: Tensor,
+    block_depth: int,
+    _t_block_depth: int,
+    x_sizes: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block_depth)
+    return reference.masked_conv2d_input_grad(
+        grad, weight, mask, x_sizes, stride, padding, dilation, groups
+    )
+
+
+@torch.library.register_kernel("fastprune::masked_conv2d_weight_grad", "cuda")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    row_ptr: Tensor,
+    offset: Tensor,
+    block_depth: int,
+    weight_sizes: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    mask = reference.unpack(row_ptr, offset, tuple(weight_sizes), block_depth)
+    return reference.masked_conv2d_weight_grad(grad, x, mask, stride, padding, dilation, groups)

@@ -1,0 +1,169 @@
+"""Linear layer with an unstructured mask: y = x (W * M)^T + b."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastprune import reference
+from fastprune.ops.pattern import (
+    Pattern,
+    as_pattern,
+    autocast,
+    check_operands,
+    check_weight_grad,
+)
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor | Pattern,
+    bias: Tensor | None = None,
+    *,
+    weight_grad: Literal["sampled", "dense"] = "sampled",
+) -> Tensor:
+    r"""Apply a linear layer of which only the weights under ``mask`` exist: y = x (W * M)^T + b.
+
+    A weight outside the mask is absent: a NaN or infinity stored there, or in an activation that
+    only absent weights read, does not reach the output.
+
+    Args:
+        x: activations (..., in); float32, float64, bfloat16 or float16, any strides.
+        weight: (out, in), dense storage, dtype and device of ``x``.
+        mask: bool tensor (out, in), True where kept, or the :class:`Pattern` that
+            :func:`fastprune.pack` made of it. A tensor is packed at every call; pack once when
+            the mask stays.
+        bias: (out,) or None.
+        weight_grad: ``"sampled"``: the gradient of ``weight`` is computed at the mask only and is
+            zero elsewhere (training with a fixed mask). ``"dense"``: it is the full x^T grad,
+            the gradient taken at the pruned weight, as methods that keep a dense weight need
+            (dynamic pruning with feedback: Lin et al. 2020, Algorithm 1).
+    Returns:
+        (..., out) in the dtype of ``x``. bfloat16 and float16 are accumulated in float32 and
+        rounded once. The same bits for any number of threads.
+    Raises:
+        TypeError: a dtype is unsupported or differs between arguments, or ``mask`` is neither.
+        ValueError: shapes or devices do not fit; the message names the argument.
+    Cost: 2 * nnz * batch flops; reads the kept weights once per 64 rows of ``x``. An autocast
+    region casts the arguments as it does for ``torch.nn.functional.linear``. Differentiable once.
+    On a CUDA device the plain-torch reference runs.
+    """
+    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    check_operands("masked_linear", x, weight, bias)
+    dense_grad = check_weight_grad("masked_linear", weight_grad)
+    if weight.dim() != 2:
+        raise ValueError(
+            f"masked_linear: weight: expected 2 dimensions, got shape {tuple(weight.shape)}"
+        )
+    if x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"masked_linear: x: expected shape (..., {weight.shape[1]}), got {tuple(x.shape)}"
+        )
+    return apply_linear(x, weight, bias, as_pattern(mask, weight), dense_grad)
+
+
+def apply_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, dense_weight_grad: bool
+) -> Tensor:
+    """The op on arguments that are known to fit: what the layer calls in its forward pass."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y: Tensor = torch.ops.fastprune.masked_linear(
+        flat,
+        weight,
+        bias,
+        pattern.row_ptr,
+        pattern.offset,
+        pattern.transposed_row_ptr,
+        pattern.transposed_offset,
+        pattern.block_depth,
+        pattern.transposed_block_depth,
+        dense_weight_grad,
+    )
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("fastprune::masked_linear")
+def _(x: Tensor, weight: Tensor, *_rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("fastprune::masked_linear_input_grad")
+def _(grad: Tensor, weight: Tensor, *_rest: Any) -> Tensor:
+    return grad.new_empty(grad.shape[0], weight.shape[1])
+
+
+@torch.library.register_fake("fastprune::masked_linear_weight_grad")
+def _(grad: Tensor, x: Tensor, *_rest: Any) -> Tensor:
+    return x.new_empty(grad.shape[1], x.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, *pattern, block, block_t, dense_weight_grad = inputs
+    ctx.save_for_backward(x, weight, *pattern)
+    ctx.blocks = block, block_t
+    ctx.dense_weight_grad = dense_weight_grad
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *pattern = ctx.saved_tensors
+    row_ptr, offset, _, _ = pattern
+    x_grad = weight_grad = bias_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = torch.ops.fastprune.masked_linear_input_grad(grad, weight, *pattern, *ctx.blocks)
+    if ctx.needs_input_grad[1]:
+        if ctx.dense_weight_grad:
+            weight_grad = grad.t() @ x
+        else:
+            weight_grad = torch.ops.fastprune.masked_linear_weight_grad(
+                grad, x, row_ptr, offset, ctx.blocks[0]
+            )
+    if ctx.has_bias and ctx.needs_input_grad[2]:
+        bias_grad = grad.sum(dim=0)
+    return (x_grad, weight_grad, bias_grad, *[None] * 7)
+
+
+torch.library.register_autograd(
+    "fastprune::masked_linear", _backward, setup_context=_setup_context
+)
+
+
+@torch.library.register_kernel("fastprune::masked_linear", "cuda")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_ptr: Tensor,
+    offset: Tensor,
+    _t_row_ptr: Tensor,
+    _t_offset: Tensor,
+    block_depth: int,
+    _t_block_depth: int,
+    _dense_weight_grad: bool,
+) -> Tensor:
+    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block_depth)
+    return reference.masked_linear(x, weight, mask, bias)
+
+
+@torch.library.register_kernel("fastprune::masked_linear_input_grad", "cuda")
+def _(
+    grad: Tensor,
+    weight: Tensor,
+    row_ptr: Tensor,
+    offset: Tensor,
+    _t_row_ptr: Tensor,
+    _t_offset: Tensor,
+    block_depth: int,
+    _t_block_depth: int,
+) -> Tensor:
+    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block_depth)
+    return reference.masked_linear_input_grad(grad, weight, mask)
+
+
+@torch.library.register_kernel("fastprune::masked_linear_weight_grad", "cuda")
+def _(grad: Tensor, x: Tensor, row_ptr: Tensor, offset: Tensor, block_depth: int) -> Tensor:
+    mask = reference.unpack(row_ptr, offset, (grad.shape[1], x.shape[1]), block_depth)
+    return reference.masked_linear_weight_grad(grad, x, mask)

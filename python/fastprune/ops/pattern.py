@@ -1,0 +1,172 @@
+"""Packed sparsity patterns: a mask is packed once, and every product then reads the pattern."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Activations of one block of columns stay in a 32 KB cache at 128 columns of 64 floats. Sparser
+# rows take wider blocks, so that a row still finds about 13 entries in each.
+_BLOCK_COLS = (128, 1024)
+_ENTRIES_PER_BLOCK = 12.8
+_MAX_BLOCK_COLS = 32767
+
+
+class Pattern(NamedTuple):
+    """The packed form of a weight's mask, made by :func:`pack`; treat it as read-only.
+
+    Every op that is given a pattern checks all its bounds and offsets before use.
+
+    Attributes:
+        row_ptr, offset: the entries for the forward product, int64 and int16.
+        transposed_row_ptr, transposed_offset: the same entries for the input gradient.
+        block_depth, transposed_block_depth: input (output) channels per block.
+        shape: the weight's shape, (out, in) or (out, in / groups, height, width).
+        groups: convolution groups.
+        nnz: number of entries kept.
+    """
+
+    row_ptr: Tensor
+    offset: Tensor
+    transposed_row_ptr: Tensor
+    transposed_offset: Tensor
+    block_depth: int
+    transposed_block_depth: int
+    shape: tuple[int, ...]
+    groups: int
+    nnz: int
+
+    def nbytes(self) -> int:
+        """Bytes that the pattern occupies, both orders together."""
+        return sum(t.numel() * t.element_size() for t in self if isinstance(t, Tensor))
+
+    def to(self, device: torch.device | str) -> Pattern:
+        """The pattern with its tensors on another device."""
+        return self._replace(
+            row_ptr=self.row_ptr.to(device),
+            offset=self.offset.to(device),
+            transposed_row_ptr=self.transposed_row_ptr.to(device),
+            transposed_offset=self.transposed_offset.to(device),
+        )
+
+
+def block_depth(depth: int, taps: int, density: float) -> int:
+    """Channels per block for rows of ``depth`` channels with ``taps`` kernel positions each."""
+    low, high = _BLOCK_COLS
+    cols = min(max(_ENTRIES_PER_BLOCK / max(density, 1e-9), low), high)
+    return max(1, min(int(cols) // taps, _MAX_BLOCK_COLS // taps, depth))
+
+
+def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
+    """Pack the mask of a linear or 2-d convolution weight for the sparse products.
+
+    Args:
+        mask: bool tensor shaped like the weight, (out, in) or (out, in / groups, height, width);
+            True where the weight is kept. Any device; the packing itself runs on the CPU.
+        groups: convolution groups; 1 for a linear weight.
+    Returns:
+        A :class:`Pattern` on the mask's device: 4 bytes per kept weight, plus 8 bytes per row and
+        block of about 128 columns. It does not follow later changes of ``mask``.
+    Raises:
+        TypeError: ``mask`` is not a bool tensor.
+        ValueError: ``mask`` is neither 2-d nor 4-d, ``groups`` does not divide its rows, or a
+            kernel has more than 32767 positions.
+    Two passes over the mask.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor, got {got}")
+    if mask.dim() not in (2, 4):
+        raise ValueError(f"mask: expected 2 or 4 dimensions, got shape {tuple(mask.shape)}")
+    rows = mask.shape[0]
+    if groups < 1 or rows % groups:
+        raise ValueError(f"groups: expected a positive divisor of the {rows} rows, got {groups}")
+    if mask.dim() == 2 and groups != 1:
+        raise ValueError(f"groups: expected 1 for a linear weight, got {groups}")
+    depth, taps = mask.shape[1], mask.shape[2] * mask.shape[3] if mask.dim() == 4 else 1
+    if taps < 1 or taps > _MAX_BLOCK_COLS:
+        raise ValueError(f"mask: expected 1 to {_MAX_BLOCK_COLS} kernel positions, got {taps}")
+    on_cpu = mask.detach().to("cpu").reshape(rows, depth * taps)
+    nnz = int(on_cpu.count_nonzero())
+    density = nnz / max(on_cpu.numel(), 1)
+    blocks = block_depth(depth, taps, density), block_depth(rows // groups, taps, density)
+    tensors = torch.ops.fastprune.pack_pattern(on_cpu, groups, taps, *blocks)
+    pattern = Pattern(*tensors, *blocks, tuple(mask.shape), groups, nnz)
+    return pattern if mask.device.type == "cpu" else pattern.to(mask.device)
+
+
+def as_pattern(mask: Tensor | Pattern, weight: Tensor, groups: int = 1) -> Pattern:
+    """A pattern for ``weight``: packs a mask, and checks that mask or pattern fits the weight."""
+    if isinstance(mask, Tensor):
+        if mask.shape != weight.shape:
+            raise ValueError(
+                f"mask: expected the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}"
+            )
+        if mask.device != weight.device:
+            raise ValueError(f"mask: expected device {weight.device}, got {mask.device}")
+        return pack(mask, groups=groups)
+    if not isinstance(mask, Pattern):
+        raise TypeError(f"mask: expected a bool tensor or a Pattern, got {type(mask).__name__}")
+    if mask.shape != tuple(weight.shape) or mask.groups != groups:
+        raise ValueError(
+            f"mask: expected a pattern of shape {tuple(weight.shape)} with groups={groups}, got "
+            f"shape {mask.shape} with groups={mask.groups}"
+        )
+    return mask
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast floating arguments as autocast does for torch's own linear and convolution."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The checks that linear and convolution share: types, devices, the bias's shape."""
+    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{op}: x: expected float32, float64, bfloat16 or float16, got {x.dtype}"
+        )
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is None:
+            continue
+        if t.dtype != x.dtype:
+            raise TypeError(f"{op}: {name}: expected the dtype of x, {x.dtype}, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name}: expected the device of x, {x.device}, got {t.device}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
+
+
+def check_weight_grad(op: str, weight_grad: str) -> bool:
+    """True for a dense weight gradient, False for one sampled at the mask."""
+    if weight_grad not in ("sampled", "dense"):
+        raise ValueError(f"{op}: weight_grad: expected 'sampled' or 'dense', got {weight_grad!r}")
+    return weight_grad == "dense"
+
+
+@torch.library.register_fake("fastprune::pack_pattern")
+def _(
+    mask: Tensor, groups: int, taps: int, block_depth: int, transposed_block_depth: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, depth = mask.shape[0], mask.shape[1] // taps
+    rows_t, depth_t = groups * depth, rows // groups
+    blocks = (depth + block_depth - 1) // block_depth
+    blocks_t = (depth_t + transposed_block_depth - 1) // transposed_block_depth
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return (
+        mask.new_empty(blocks * rows + 1, dtype=torch.int64),
+        mask.new_empty(nnz, dtype=torch.int16),
+        mask.new_empty(blocks_t * rows_t + 1, dtype=torch.int64),
+        mask.new_empty(nnz, dtype=torch.int16),
+    )

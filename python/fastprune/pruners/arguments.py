@@ -1,0 +1,91 @@
+"""Arguments of ``prune`` and ``score``: checked, and turned into what the loop works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.masks import Masks
+from fastprune.pruners.base import Pruner
+from fastprune.pruners.data import Batches
+from fastprune.pruners.network import Loss, Network
+from fastprune.pruners.targets import Selection, prunable
+
+
+def density_of(sparsity: float | None, schedule: object) -> float | None:
+    """1 - sparsity, evaluated in float64, or None where an explicit schedule says what remains."""
+    if sparsity is None:
+        if schedule is None or isinstance(schedule, str):
+            raise ValueError(
+                "sparsity: it is required, unless schedule is a sequence of kept counts"
+            )
+        return None
+    number: object = sparsity  # numpy's numbers are welcome, whatever the annotation says
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 <= float(number) <= 1:
+        raise ValueError(f"sparsity: expected a number in [0, 1], got {sparsity!r}")
+    return 1.0 - float(sparsity)
+
+
+def weights_of(model: nn.Module, include: Selection, exclude: Selection) -> dict[str, nn.Parameter]:
+    """The prunable weights of what must be a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    return prunable(model, include, exclude)
+
+
+def network_of(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    pruner: Pruner,
+    data: Any,
+    loss: Loss | None,
+    batches_per_step: int | None,
+    dtype: torch.dtype | None,
+) -> Network:
+    """The network, once ``data``, ``loss`` and the rest are known to fit the method."""
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    name = pruner.name or type(pruner).__name__
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
+    if pruner.needs_data:
+        for argument, value in (("data", data), ("loss", loss)):
+            if value is None:
+                raise ValueError(f"{argument}: the method {name} needs it")
+    if batches_per_step is not None:
+        if not pruner.needs_data:
+            raise ValueError(f"batches_per_step: the method {name} does not use it")
+        if isinstance(batches_per_step, bool) or not isinstance(batches_per_step, int):
+            raise ValueError(f"batches_per_step: expected an int, got {batches_per_step!r}")
+        if batches_per_step < 1:
+            raise ValueError(f"batches_per_step: expected at least 1, got {batches_per_step}")
+    # Where only the input's shape is wanted, no more than one batch is read.
+    per_step = batches_per_step if pruner.needs_data else 1
+    batches = None if data is None else Batches(data, per_step)
+    return Network(
+        model, list(weights), dtype=dtype or pruner.default_dtype, batches=batches, loss=loss
+    )
+
+
+def masks_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``masks`` checked, on the devices of the parameters, under their first names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in model.named_parameters()}
+    known: dict[str, Tensor] = {}
+    for name, mask in Masks.of(masks).items():
+        if name not in parameters:
+            raise ValueError(f"masks[{name!r}]: the model has no parameter of this name")
+        weight = parameters[name]
+        if mask.shape != weight.shape:
+            raise ValueError(
+                f"masks[{name!r}]: shape {tuple(mask.shape)} does not match the parameter's "
+                f"{tuple(weight.shape)}"
+            )
+        own = first[id(weight)]
+        mask = mask.to(weight.device)
+        known[own] = known[own] & mask if own in known else mask
+    return known
