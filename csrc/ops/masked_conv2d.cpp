@@ -86,6 +86,8 @@ ConvGrid output_grid(const MaskedConv2dCall& c, Taps* taps) {
              c.width,
              c.geometry.stride[0],
              c.geometry.stride[1],
+             c.kernel_height,
+             c.kernel_width,
              taps->y.data(),
              taps->x.data(),
              taps->live.data()};
@@ -120,23 +122,27 @@ void residue_grid(const MaskedConv2dCall& c, int64_t py, int64_t px, Taps* taps,
                    c.out_width,
                    1,
                    1,
+                   c.kernel_height,
+                   c.kernel_width,
                    taps->y.data(),
                    taps->x.data(),
                    taps->live.data()};
 }
 
-void multiply(const MaskedConv2dArgs& args) {
-  const Cuts cuts = cut_product(args.grid.points(), FASTPRUNE_PICK(masked_conv2d_tile)(args.dtype),
-                                args.pattern.rows);
-  if (args.pattern.rows == 0) return;
-  const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(args.pattern, args.dtype,
-                                                                cuts.rows_per_part() + 1);
-  for_each_range(cuts.items(), scratch, [&](int64_t begin, int64_t end, void* memory) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = i % cuts.parts;
-      FASTPRUNE_PICK(masked_conv2d)
-      (args, i / cuts.parts, cuts.row_begin(part), cuts.row_begin(part + 1), memory);
-    }
+void multiply(MaskedConv2dArgs args) {
+  if (args.pattern.rows == 0 || args.grid.points() == 0) return;
+  const Scratch offset(args.pattern.nnz * 2);
+  const bool strips = FASTPRUNE_PICK(strip_offsets)(args.grid, args.pattern, args.dtype,
+                                                    offset.as<uint16_t>());
+  args.strip_offset = strips ? offset.as<uint16_t>() : nullptr;
+  const Cuts cuts = cut_product(
+      FASTPRUNE_PICK(masked_conv2d_items)(args.grid, args.pattern, args.dtype, strips),
+      args.pattern.rows);
+  const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(
+      args.grid, args.pattern, args.dtype, strips, cuts.rows_per_part());
+  for_each_cut(cuts, scratch, [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
+                                  void* memory) {
+    FASTPRUNE_PICK(masked_conv2d)(args, begin, end, row_begin, row_end, memory);
   });
 }
 
@@ -162,7 +168,7 @@ Tensor masked_conv2d_cpu(const Tensor& x_in, const Tensor& weight_in,
   const ConvGrid grid = output_grid(c, &taps);
   multiply(MaskedConv2dArgs{pattern, c.dtype, grid,
                             ConvTarget{grid.height, grid.width, 0, 0, 1, 1}, x.const_data_ptr(),
-                            values.const_data_ptr(),
+                            values.const_data_ptr(), nullptr,
                             bias.has_value() ? bias->const_data_ptr() : nullptr,
                             y.mutable_data_ptr()});
   return y;
@@ -218,7 +224,7 @@ Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tens
       multiply(MaskedConv2dArgs{
           part, c.dtype, grid,
           ConvTarget{c.height, c.width, py, px, c.geometry.stride[0], c.geometry.stride[1]},
-          grad.const_data_ptr(), part_values, nullptr, x_grad.mutable_data_ptr()});
+          grad.const_data_ptr(), part_values, nullptr, nullptr, x_grad.mutable_data_ptr()});
     }
   }
   return x_grad;
@@ -248,17 +254,19 @@ Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& 
                                   output_grid(c, &taps),
                                   grad.const_data_ptr(),
                                   x.const_data_ptr(),
+                                  nullptr,
                                   values.mutable_data_ptr()};
+  const Scratch strip_offset(pattern.nnz * 2);
+  const bool strips = FASTPRUNE_PICK(strip_offsets)(args.grid, pattern, c.dtype,
+                                                    strip_offset.as<uint16_t>());
+  args.strip_offset = strips ? strip_offset.as<uint16_t>() : nullptr;
   const Cuts cuts = cut_rows(pattern.rows);
-  for_each_range(
-      cuts.items(),
-      FASTPRUNE_PICK(masked_conv2d_scratch)(pattern, c.dtype, cuts.rows_per_part() + 1),
-      [&](int64_t begin, int64_t end, void* memory) {
-        for (int64_t i = begin; i < end; ++i) {
-          FASTPRUNE_PICK(masked_conv2d_weight_grad)
-          (args, cuts.row_begin(i), cuts.row_begin(i + 1), memory);
-        }
-      });
+  const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(args.grid, pattern, c.dtype, strips,
+                                                                cuts.rows_per_part());
+  for_each_cut(cuts, scratch,
+               [&](int64_t, int64_t, int64_t row_begin, int64_t row_end, void* memory) {
+                 FASTPRUNE_PICK(masked_conv2d_weight_grad)(args, row_begin, row_end, memory);
+               });
   Tensor weight_grad = torch::stable::new_empty(
       x, {c.shape.rows, c.shape.depth, c.kernel_height, c.kernel_width});
   scatter_to_dense(pattern, c.dtype, values, weight_grad);

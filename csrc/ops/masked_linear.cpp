@@ -29,16 +29,15 @@ void multiply(const PatternView& pattern, DType dtype, const Tensor& x, const Te
                         values.const_data_ptr(),
                         bias.has_value() ? bias->const_data_ptr() : nullptr,
                         y.mutable_data_ptr()};
-  const Cuts cuts =
-      cut_product(args.batch, FASTPRUNE_PICK(masked_linear_tile)(dtype), pattern.rows);
-  if (pattern.rows == 0) return;
+  if (pattern.rows == 0 || args.batch == 0) return;
+  const int64_t tile = FASTPRUNE_PICK(masked_linear_tile)(dtype);
+  const Cuts cuts = cut_product((args.batch + tile - 1) / tile, pattern.rows);
   const int64_t scratch =
-      FASTPRUNE_PICK(masked_linear_scratch)(pattern, dtype, cuts.rows_per_part() + 1);
-  for_each_range(cuts.items(), scratch, [&](int64_t begin, int64_t end, void* memory) {
+      FASTPRUNE_PICK(masked_linear_scratch)(pattern, dtype, cuts.rows_per_part());
+  for_each_cut(cuts, scratch, [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
+                                  void* memory) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = i % cuts.parts;
-      FASTPRUNE_PICK(masked_linear)
-      (args, i / cuts.parts, cuts.row_begin(part), cuts.row_begin(part + 1), memory);
+      FASTPRUNE_PICK(masked_linear)(args, i, row_begin, row_end, memory);
     }
   });
 }
@@ -99,15 +98,12 @@ Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& 
                                   x.const_data_ptr(),
                                   values.mutable_data_ptr()};
   const Cuts cuts = cut_rows(pattern.rows);
-  for_each_range(
-      cuts.items(),
-      FASTPRUNE_PICK(masked_linear_scratch)(pattern, dtype, cuts.rows_per_part() + 1),
-      [&](int64_t begin, int64_t end, void* memory) {
-        for (int64_t i = begin; i < end; ++i) {
-          FASTPRUNE_PICK(masked_linear_weight_grad)
-          (args, cuts.row_begin(i), cuts.row_begin(i + 1), memory);
-        }
-      });
+  const int64_t scratch =
+      FASTPRUNE_PICK(masked_linear_scratch)(pattern, dtype, cuts.rows_per_part());
+  for_each_cut(cuts, scratch,
+               [&](int64_t, int64_t, int64_t row_begin, int64_t row_end, void* memory) {
+                 FASTPRUNE_PICK(masked_linear_weight_grad)(args, row_begin, row_end, memory);
+               });
   Tensor weight_grad = torch::stable::new_empty(x, {pattern.rows, pattern.depth});
   scatter_to_dense(pattern, dtype, values, weight_grad);
   return weight_grad;

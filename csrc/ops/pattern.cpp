@@ -145,12 +145,12 @@ std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t ro
   return dense(torch::stable::to(*bias, accumulator_type(dtype_of(*bias, op, "bias"))));
 }
 
-Cuts cut_product(int64_t points, int64_t tile, int64_t rows) {
-  Cuts cuts{(points + tile - 1) / tile, 1, rows};
+Cuts cut_product(int64_t items, int64_t rows) {
+  Cuts cuts{items, 1, rows};
   const int64_t threads = thread_count();
-  if (rows > 0 && cuts.tiles > 0 && cuts.tiles < threads) {
+  if (rows > 0 && items > 0 && items < threads) {
     // Every part packs the panel anew: no more parts than threads.
-    const int64_t parts = (threads + cuts.tiles - 1) / cuts.tiles;
+    const int64_t parts = (threads + items - 1) / items;
     cuts.parts = parts < rows ? parts : rows;
   }
   return cuts;

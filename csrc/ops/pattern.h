@@ -30,15 +30,31 @@ void scatter_to_dense(const PatternView& forward, DType dtype, const Tensor& val
 std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows,
                                    ScalarType dtype, const char* op);
 
-// How a product is cut into items: tiles, times row ranges where tiles alone leave threads idle.
+// How a product is cut over threads: ranges of items, or where items alone leave threads idle,
+// every item's rows in `parts`. The cuts never change a result.
 struct Cuts {
-  int64_t tiles, parts, rows;
-  int64_t items() const { return tiles * parts; }
+  int64_t items, parts, rows;
   int64_t rows_per_part() const { return (rows + parts - 1) / parts; }
   int64_t row_begin(int64_t part) const { return rows * part / parts; }
 };
-Cuts cut_product(int64_t points, int64_t tile, int64_t rows);
-// One part per thread, for weight gradients: a part walks all points itself, in order.
+Cuts cut_product(int64_t items, int64_t rows);
+// One part per thread, for weight gradients: a part walks all items itself, in order.
 Cuts cut_rows(int64_t rows);
+
+// Calls f(item_begin, item_end, row_begin, row_end, scratch) for every cut, on torch's threads.
+template <typename F>
+void for_each_cut(const Cuts& cuts, int64_t scratch_bytes, const F& f) {
+  for_each_range(cuts.items * cuts.parts, scratch_bytes,
+                 [&](int64_t begin, int64_t end, void* memory) {
+                   if (cuts.parts == 1) {
+                     f(begin, end, int64_t{0}, cuts.rows, memory);
+                     return;
+                   }
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t item = i / cuts.parts, part = i % cuts.parts;
+                     f(item, item + 1, cuts.row_begin(part), cuts.row_begin(part + 1), memory);
+                   }
+                 });
+}
 
 }  // namespace fastprune

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastprune import masks_io
+from fastprune import masks_io, masks_model
 from fastprune.masks_summary import LayerSummary, MasksSummary
 
 if TYPE_CHECKING:
@@ -178,20 +178,9 @@ class Masks(Mapping[str, Tensor]):
             ValueError: a name is not a parameter of ``model``, its shape differs, or it cannot be
                 written to (on ``meta``, expanded, an inference tensor, not floating point).
         """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
         pairs = []
-        for name, mask in self._masks.items():
-            if name not in parameters:
-                raise ValueError(f"masks[{name!r}]: the model has no parameter of this name")
-            weight = parameters[name]
-            if isinstance(weight, nn.parameter.UninitializedParameter):
-                raise ValueError(f"masks[{name!r}]: the parameter is not initialized yet")
-            if weight.shape != mask.shape:
-                raise ValueError(
-                    f"masks[{name!r}]: shape {tuple(mask.shape)} does not match the parameter's "
-                    f"{tuple(weight.shape)}"
-                )
-            if (reason := _unwritable(weight)) is not None:
+        for name, weight, mask in masks_model.match(model, self._masks):
+            if (reason := masks_model.unwritable(weight)) is not None:
                 raise ValueError(f"masks[{name!r}]: the parameter {reason}")
             pairs.append((weight, ~mask.to(weight.device)))
         for weight, pruned in pairs:
@@ -284,19 +273,3 @@ class Masks(Mapping[str, Tensor]):
 
     def __invert__(self) -> Masks:
         return Masks({n: ~m for n, m in self._masks.items()})
-
-
-def _unwritable(weight: Tensor) -> str | None:
-    """Why an in-place write to ``weight`` would fail, or None."""
-    if weight.device.type == "meta":
-        return "is on the meta device: it has no data"
-    if weight.layout != torch.strided:
-        return f"has layout {weight.layout}"
-    if not (weight.is_floating_point() or weight.is_complex()):
-        return f"has dtype {weight.dtype}"
-    strides = zip(weight.shape, weight.stride(), strict=True)
-    if any(size > 1 and step == 0 for size, step in strides):
-        return "is an expanded view: several of its entries share memory"
-    if weight.is_inference() and not torch.is_inference_mode_enabled():
-        return "is an inference tensor, which cannot be written outside inference mode"
-    return None

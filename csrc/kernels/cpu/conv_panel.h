@@ -43,21 +43,41 @@ inline void cut_tile(const ConvGrid& g, int64_t first, PointTile* t) {
   }
 }
 
-// Copies n widened elements; whole vectors overlap at the end rather than leave a scalar tail.
+// Copies n elements by vectors of `Bytes`, the last one overlapping, rather than a scalar tail.
+template <typename T, int Bytes>
+inline void copy_overlapping(const T* from, T* to, int n) {
+  typedef T Part __attribute__((vector_size(Bytes), aligned(1), may_alias));
+  constexpr int lanes = Bytes / static_cast<int>(sizeof(T));
+  int j = 0;
+  for (; j + lanes <= n; j += lanes) {
+    *reinterpret_cast<Part*>(to + j) = *reinterpret_cast<const Part*>(from + j);
+  }
+  if (j < n) {
+    *reinterpret_cast<Part*>(to + n - lanes) = *reinterpret_cast<const Part*>(from + n - lanes);
+  }
+}
+
 template <typename S>
 inline void copy_widened(const S* from, Accumulator<S>* to, int n) {
   using T = Accumulator<S>;
   if constexpr (sizeof(S) == sizeof(T)) {
-    constexpr int W = kLanes<T>;
-    const T* source = reinterpret_cast<const T*>(from);
-    if (n >= W) {
-      int j = 0;
-      for (; j + W <= n; j += W) store(to + j, load(source + j));
-      if (j < n) store(to + n - W, load(source + n - W));
-      return;
-    }
+    if (n >= kLanes<T>) return copy_overlapping<T, kVectorBytes>(from, to, n);
+    if (n * static_cast<int>(sizeof(T)) >= 16) return copy_overlapping<T, 16>(from, to, n);
   }
   for (int j = 0; j < n; ++j) to[j] = widen(from[j]);
+}
+
+// The way back: n narrowed elements, `step` apart in the target.
+template <typename S>
+inline void copy_narrowed(const Accumulator<S>* from, S* to, int n, int64_t step) {
+  using T = Accumulator<S>;
+  if (step != 1) {
+    for (int j = 0; j < n; ++j) to[j * step] = narrow<S>(from[j]);
+  } else if constexpr (sizeof(S) == sizeof(T)) {
+    copy_widened<T>(from, reinterpret_cast<T*>(to), n);
+  } else {
+    for (int j = 0; j < n; ++j) to[j] = narrow<S>(from[j]);
+  }
 }
 
 // One tap of one channel: its view of every run of the tile.

@@ -132,6 +132,7 @@ template <typename S>
 bool gather_transposed(const PatternView& p, const PatternView& t, const S* weight,
                        Accumulator<S>* values, int64_t* cursor, int64_t begin, int64_t end) {
   const int64_t blocks_t = t.blocks();
+  const SmallDivider by_taps(p.taps);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / blocks_t, block_t = item % blocks_t;
     const int64_t* bounds = t.row_ptr + block_t * t.rows + group * p.depth;
@@ -144,7 +145,7 @@ bool gather_transposed(const PatternView& p, const PatternView& t, const S* weig
         const int64_t last = p.row_ptr[b * p.rows + r + 1];
         for (int64_t i = p.row_ptr[b * p.rows + r]; i < last; ++i) {
           const int64_t o = p.offset[i];
-          const int64_t c = p.taps == 1 ? o : o / p.taps;
+          const int64_t c = by_taps(o);
           const int64_t channel = b * p.block_depth + c;
           const int64_t at = cursor[channel]++;
           // The entry must be the transposed pattern's next one, else the two disagree.
@@ -180,10 +181,12 @@ int64_t filter(const PatternView& p, const T* values, const uint8_t* keep_tap, P
                T* out_values) {
   int64_t at = 0;
   const int64_t n = p.blocks() * p.rows;
+  const SmallDivider by_taps(p.taps);
   for (int64_t i = 0; i < n; ++i) {
     out.row_ptr[i] = at;
     for (int64_t e = p.row_ptr[i]; e < p.row_ptr[i + 1]; ++e) {
-      if (keep_tap[p.offset[e] % p.taps] == 0) continue;
+      const int64_t o = p.offset[e];
+      if (keep_tap[o - by_taps(o) * p.taps] == 0) continue;
       out.offset[at] = p.offset[e];
       out_values[at++] = values[e];
     }

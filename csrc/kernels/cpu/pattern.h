@@ -33,6 +33,21 @@ struct PatternView {
   }
 };
 
+// Exact n / divisor for 0 <= n, divisor < 2^15 by one multiplication: the error of the rounded-up
+// reciprocal, below n / 2^32, never reaches the 1 / divisor that would carry.
+class SmallDivider {
+ public:
+  explicit SmallDivider(int64_t divisor)
+      : reciprocal_(((uint64_t{1} << 32) + static_cast<uint64_t>(divisor) - 1) /
+                    static_cast<uint64_t>(divisor)) {}
+  int64_t operator()(int64_t n) const {
+    return static_cast<int64_t>((static_cast<uint64_t>(n) * reciprocal_) >> 32);
+  }
+
+ private:
+  uint64_t reciprocal_;
+};
+
 // The same for a pattern under construction.
 struct PatternBuffers {
   int64_t* row_ptr;

@@ -32,6 +32,16 @@ struct VectorOf {
 template <typename T>
 using Vec = typename VectorOf<T>::type;
 
+// Signed integers as wide as a lane, for bit masks.
+template <int Bytes>
+struct SignedOf {
+  using type = int32_t;
+};
+template <>
+struct SignedOf<8> {
+  using type = int64_t;
+};
+
 template <typename T>
 inline Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VectorOf<T>::loose*>(p);

@@ -53,8 +53,7 @@ def require(*packages: str) -> None:
     if missing:
         known = {"sklearn": "scikit-learn"}
         raise UsageError(
-            f"needs {' and '.join(known.get(p, p) for p in missing)}: "
-            'pip install "fastprune[demo]"'
+            f'needs {" and ".join(known.get(p, p) for p in missing)}: pip install "fastprune[demo]"'
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.masks import Masks
+from fastprune.masks_model import match
 from fastprune.pruners.base import Pruner
 from fastprune.pruners.data import Batches
 from fastprune.pruners.network import Loss, Network
@@ -73,19 +74,9 @@ def network_of(
 
 def masks_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``masks`` checked, on the devices of the parameters, under their first names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in model.named_parameters()}
     known: dict[str, Tensor] = {}
-    for name, mask in Masks.of(masks).items():
-        if name not in parameters:
-            raise ValueError(f"masks[{name!r}]: the model has no parameter of this name")
-        weight = parameters[name]
-        if mask.shape != weight.shape:
-            raise ValueError(
-                f"masks[{name!r}]: shape {tuple(mask.shape)} does not match the parameter's "
-                f"{tuple(weight.shape)}"
-            )
-        own = first[id(weight)]
-        mask = mask.to(weight.device)
+    for _, weight, given in match(model, Masks.of(masks)):
+        own, mask = first[id(weight)], given.to(weight.device)
         known[own] = known[own] & mask if own in known else mask
     return known

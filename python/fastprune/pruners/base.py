@@ -116,7 +116,7 @@ def checked_scores(pruner: Pruner, network: Network) -> Scores:
     """The pruner's scores, once their names and shapes are known to be those of the weights."""
     result = pruner.score(network)
     scores = result if isinstance(result, Scores) else Scores(result)
-    shapes = {n: w.shape for n, w in network.dense().items()}
+    shapes = network.shapes
     for part in (scores.values, scores.other):
         if part is None:
             continue

@@ -33,6 +33,7 @@ class Network:
 
     Attributes:
         names: names of the prunable weights, in the order of ``named_parameters()``.
+        shapes: their shapes, by name.
         masks: parameter name -> bool tensor; a pruned weight is exactly 0 in every pass. A name
             that is not there is dense.
 
@@ -61,6 +62,7 @@ class Network:
         for name, tensor in (self._parameters | self._buffers).items():
             if is_lazy(tensor):
                 raise ValueError(f"{name}: not initialized yet: run the model once first")
+        self.shapes = {n: self._parameters[n].shape for n in self.names}
         self._device = self._parameters[self.names[0]].device
         self._random_state: list[Tensor] | None = None
         self._first_input: Any = None
@@ -151,7 +153,10 @@ class Network:
             raise ValueError("synflow: the model's output does not depend on a prunable weight")
         r = torch.stack([t.sum() for t in floating]).sum()
         if not torch.isfinite(r):
-            raise ValueError(f"synflow: the sum of the outputs is {r.item()}, not a finite number")
+            raise ValueError(
+                f"synflow: the sum of the outputs is {r.item()}, not a finite number"
+                + _suspect(state)
+            )
         grads = torch.autograd.grad(r, leaves, allow_unused=True)
         return {
             n: _widened(torch.zeros_like(w) if d is None else d)
@@ -223,7 +228,9 @@ class Network:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss: expected a scalar tensor, got {got}")
         if not torch.isfinite(loss):
-            raise ValueError(f"loss: it is {loss.item()} on batch {index}, not a finite number")
+            raise ValueError(
+                f"loss: it is {loss.item()} on batch {index}, not a finite number" + _suspect(state)
+            )
         if not loss.requires_grad:
             raise ValueError("loss: it does not depend on any prunable weight")
         return loss.reshape(())
@@ -247,6 +254,14 @@ class Network:
         torch.set_rng_state(self._random_state[0])
         for device, saved in zip(cuda, self._random_state[1:], strict=True):
             torch.cuda.set_rng_state(saved, device)
+
+
+def _suspect(state: Mapping[str, Tensor]) -> str:
+    """Names the first parameter or buffer that is not finite, if there is one."""
+    for name, t in state.items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            return f" ({name} holds a NaN or an infinity)"
+    return ""
 
 
 def _wide(t: Tensor) -> torch.dtype:

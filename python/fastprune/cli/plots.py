@@ -1,0 +1,167 @@
+"""PNG plots of what ``demo`` and ``bench`` measured."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; grey is for dense.
+_COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B",
+)  # fmt: skip
+_MARKERS = "osD^vP*X"
+_DENSE = "#777777"
+
+
+def _figure(rows: int, columns: int) -> Any:
+    """A figure on the Agg canvas: no display, and no change to the caller's pyplot backend."""
+    figure = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(4.3 * columns + 0.4, 3.3 * rows + 0.9), layout="constrained"
+    )
+    importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    return figure
+
+
+def _position(sparsity: float) -> float:
+    """Where a sparsity goes on the axis: logarithmic in density, so 90, 99, 99.9 % are equidistant."""
+    return -math.log10(1 - sparsity)
+
+
+def _axis(ax: Any, sparsities: Sequence[float], title: str, label: str) -> None:
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel("sparsity")
+    ax.set_ylabel(label)
+    values = sorted(set(sparsities))
+    ax.set_xticks([_position(s) for s in values], [f"{100 * s:.6g} %" for s in values])
+    ax.margins(x=0.06)
+    ax.grid(alpha=0.3, linewidth=0.6)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def _lines(
+    ax: Any,
+    results: Sequence[Mapping[str, Any]],
+    methods: Sequence[str],
+    value: Callable[[Mapping[str, Any]], float | None],
+    style: str = "-",
+    suffix: str = "",
+) -> None:
+    """One line per method through its results in order of sparsity."""
+    for index, method in enumerate(methods):
+        points = []
+        for result in results:
+            if result["method"] == method and (y := value(result)) is not None:
+                points.append((_position(result["sparsity"]), y))
+        if points:
+            points.sort()
+            ax.plot(
+                *zip(*points, strict=True),
+                style,
+                color=_COLOURS[index % len(_COLOURS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=5,
+                linewidth=1.4,
+                alpha=0.9,
+                label=method + suffix,
+            )
+
+
+def _level(ax: Any, height: float, label: str) -> None:
+    ax.axhline(height, color=_DENSE, linestyle="--", linewidth=1.2, label=label)
+
+
+def _legend(figure: Any) -> None:
+    """One legend for all panels, below them."""
+    found: dict[str, Any] = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    figure.legend(
+        list(found.values()),
+        list(found),
+        loc="outside lower center",
+        ncols=min(len(found), 5 * max(1, len(figure.axes) // 2)),
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def _caption(machine: Mapping[str, Any]) -> str:
+    device = machine.get("gpu", machine["cpu"])
+    return (
+        f"{device}, {machine['threads']} threads, {machine['isa']}, {machine['dtype']}, "
+        f"fastprune {machine['fastprune']}, torch {machine['torch']}"
+    )
+
+
+def _in_mode(mode: str, key: str) -> Callable[[Mapping[str, Any]], float | None]:
+    def value(result: Mapping[str, Any]) -> float | None:
+        timed = result.get(mode)
+        return None if timed is None else timed.get(key)
+
+    return value
+
+
+def demo(document: Mapping[str, Any], path: Path) -> None:
+    """Accuracy and both speedups against sparsity, one row of panels per network.
+
+    Args:
+        document: what ``demo`` writes as JSON.
+        path: of the PNG.
+    """
+    methods = document["settings"]["methods"]
+    networks = document["models"]
+    figure = _figure(len(networks), 3)
+    axes = figure.subplots(len(networks), 3, squeeze=False)
+    for row, network in zip(axes, networks, strict=True):
+        results = network["results"]
+        name, sparsities = network["model"], [r["sparsity"] for r in results]
+        _axis(row[0], sparsities, f"{name}: accuracy", "test accuracy, %")
+        _lines(row[0], results, methods, lambda r: 100 * float(r["accuracy"]))
+        _level(row[0], 100 * network["dense"]["accuracy"], "dense")
+        for ax, mode, title in (
+            (row[1], "training", "training step"),
+            (row[2], "inference", "inference batch"),
+        ):
+            _axis(ax, sparsities, f"{name}: {title}", "speedup over best dense")
+            _lines(ax, results, methods, _in_mode(mode, "speedup"))
+            _level(ax, 1.0, "dense")
+    figure.suptitle(_caption(document["machine"]), fontsize=9)
+    _legend(figure)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def bench(document: Mapping[str, Any], path: Path) -> None:
+    """Speedup over best dense against sparsity, one panel per mode; weight x mask dotted.
+
+    Args:
+        document: what ``bench`` writes as JSON.
+        path: of the PNG.
+    """
+    settings, results = document["settings"], document["results"]
+    figure = _figure(1, len(settings["modes"]))
+    axes = figure.subplots(1, len(settings["modes"]), squeeze=False)[0]
+
+    def masked(mode: str) -> Callable[[Mapping[str, Any]], float | None]:
+        def value(result: Mapping[str, Any]) -> float | None:
+            timed = result.get(mode)
+            return timed and timed["dense"]["median"] / timed["masked"]["median"]
+
+        return value
+
+    for ax, mode in zip(axes, settings["modes"], strict=True):
+        title = {"inference": "forward", "training": "training step"}[mode]
+        _axis(
+            ax, settings["sparsities"], f"{settings['model']}: {title}", "speedup over best dense"
+        )
+        _lines(ax, results, settings["methods"], _in_mode(mode, "speedup"))
+        _lines(ax, results, settings["methods"], masked(mode), ":", ", weight x mask")
+        _level(ax, 1.0, "dense")
+        ax.set_ylim(bottom=0)
+    figure.suptitle(f"{_caption(document['machine'])}, batch {settings['batch']}", fontsize=8)
+    _legend(figure)
+    figure.savefig(path, dpi=130, format="png")

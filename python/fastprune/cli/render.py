@@ -1,0 +1,145 @@
+"""Tables and progress on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+# A pipe or a file has no width: rich would cut tables to 80 columns.
+_NO_TERMINAL_WIDTH = 160
+
+
+def stdout() -> Console:
+    """A console for results."""
+    width = None if sys.stdout.isatty() else _NO_TERMINAL_WIDTH
+    return Console(width=width, highlight=False, markup=False)
+
+
+class Steps:
+    """Progress on stderr: a bar that vanishes on a terminal, a line per finished step elsewhere.
+
+    Use as a context manager; leaving it, however that happens, puts the terminal back.
+    """
+
+    def __init__(self, total: int) -> None:
+        console = Console(stderr=True, highlight=False, markup=False)
+        self._console = console
+        self._total = total
+        self._done = 0
+        self._bar = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Steps:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def now(self, what: str) -> None:
+        """Say what is being worked on."""
+        self._bar.update(self._task, description=what)
+
+    def done(self, line: str) -> None:
+        """Count one step; ``line`` is its outcome, for a log."""
+        self._done += 1
+        self._bar.update(self._task, completed=self._done)
+        if not self._console.is_terminal:
+            width = len(str(self._total))
+            self._console.print(f"[{self._done:{width}}/{self._total}] {line}", soft_wrap=True)
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """0.905 -> ``90.5 %``, without a fraction that is zero."""
+    text = f"{100 * fraction:.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.') if digits > 1 else text} %"
+
+
+def sparsity(fraction: float) -> str:
+    """0.9 -> ``90 %``, 0.975 -> ``97.5 %``."""
+    return f"{100 * fraction:.6g} %"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, never an exponent."""
+    ms = seconds * 1e3
+    if ms >= 100:
+        return f"{ms:.0f}"
+    return f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+
+
+def speedup(value: float) -> Text:
+    """``1.84x``; green above 1, red below: a slowdown must catch the eye."""
+    style = "green" if value >= 1.005 else "bold red" if value < 0.995 else ""
+    return Text(f"{value:.2f}x", style=style)
+
+
+def spread(timing: dict[str, Any]) -> str:
+    """Median and quartiles: ``12.3 (12.1-12.9)``."""
+    low, high = milliseconds(timing["low"]), milliseconds(timing["high"])
+    return f"{milliseconds(timing['median'])} ({low}-{high})"
+
+
+def table(title: str, columns: Sequence[str], left: int = 1) -> Table:
+    """An empty table; the first ``left`` columns are text, the others numbers."""
+    result = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for index, heading in enumerate(columns):
+        result.add_column(
+            heading,
+            justify="left" if index < left else "right",
+            no_wrap=True,
+        )
+    return result
+
+
+def notes(console: Console, lines: Iterable[str]) -> None:
+    """Remarks under a table."""
+    for line in lines:
+        console.print(f"  {line}", style="dim")
+
+
+def slowdowns(values: Sequence[float], what: str) -> str:
+    """How many of the speedups are slowdowns, in words."""
+    slower = sum(value < 0.995 for value in values)
+    if not slower:
+        return f"{what}: no case is slower than the best dense form."
+    worst = min(values)
+    return (
+        f"{what}: {slower} of {len(values)} cases slower than the best dense form ({worst:.2f}x)."
+    )
