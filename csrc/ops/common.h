@@ -53,8 +53,7 @@ inline void check_dtype(const Tensor& t, ScalarType expected, const char* op, co
 }
 
 inline void check_dim(const Tensor& t, int64_t dim, const char* op, const char* name) {
-  STD_TORCH_CHECK(t.dim() == dim, op, ": ", name, ": expected ", dim, " dimensions, got ",
-                  t.dim());
+  STD_TORCH_CHECK(t.dim() == dim, op, ": ", name, ": expected ", dim, " dimensions, got ", t.dim());
 }
 
 inline void check_size(const Tensor& t, int64_t dim, int64_t expected, const char* op,
@@ -78,7 +77,8 @@ inline Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)
-      : data_(std::aligned_alloc(64, (static_cast<size_t>(bytes < 64 ? 64 : bytes) + 63) / 64 * 64)) {
+      : data_(
+            std::aligned_alloc(64, (static_cast<size_t>(bytes < 64 ? 64 : bytes) + 63) / 64 * 64)) {
     if (data_ == nullptr) throw std::bad_alloc();
   }
   template <typename T>

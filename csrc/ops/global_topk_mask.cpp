@@ -116,7 +116,12 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
     };
     t.values = hold(values[i]);
     if (needs_other) t.other = hold(other[i]);
-    if (!within.empty()) t.within = static_cast<const uint8_t*>(hold(within[i]));
+    if (!within.empty()) {
+      // An empty tensor has no storage, but it is not a missing restriction: no row is a candidate.
+      static const uint8_t kNothing = 0;
+      t.within = static_cast<const uint8_t*>(hold(within[i]));
+      if (t.within == nullptr) t.within = &kNothing;
+    }
     call.masks.push_back(torch::stable::new_empty(values[i], values[i].sizes(), ScalarType::Bool));
     t.mask = static_cast<uint8_t*>(call.masks.back().mutable_data_ptr());
   }

@@ -53,12 +53,9 @@ MaskedConv2dCall validate_masked_conv2d(const Tensor& typed, Pair x_sizes, Pair 
                   " x ", span_x, ", got ", c.height, " x ", c.width, " before padding");
   c.out_height = room_y / c.geometry.stride[0] + 1;
   c.out_width = room_x / c.geometry.stride[1] + 1;
-  c.shape = PatternShape{weight_sizes[0],
-                         groups,
-                         weight_sizes[1],
-                         c.kernel_height * c.kernel_width,
-                         block_depth,
-                         transposed_block_depth};
+  c.shape = PatternShape{weight_sizes[0], groups,
+                         weight_sizes[1], c.kernel_height * c.kernel_width,
+                         block_depth,     transposed_block_depth};
   return c;
 }
 
@@ -79,18 +76,9 @@ ConvGrid output_grid(const MaskedConv2dCall& c, Taps* taps) {
       taps->live.push_back(1);
     }
   }
-  ConvGrid g{c.batch,
-             c.out_height,
-             c.out_width,
-             c.height,
-             c.width,
-             c.geometry.stride[0],
-             c.geometry.stride[1],
-             c.kernel_height,
-             c.kernel_width,
-             taps->y.data(),
-             taps->x.data(),
-             taps->live.data()};
+  ConvGrid g{c.batch,        c.out_height,         c.out_width,          c.height,
+             c.width,        c.geometry.stride[0], c.geometry.stride[1], c.kernel_height,
+             c.kernel_width, taps->y.data(),       taps->x.data(),       taps->live.data()};
   const bool pointwise = c.shape.taps == 1 && g.step_y == 1 && g.step_x == 1 &&
                          c.geometry.padding[0] == 0 && c.geometry.padding[1] == 0;
   if (pointwise) {  // one long row per image: the tiles' copies are whole vectors
@@ -132,18 +120,18 @@ void residue_grid(const MaskedConv2dCall& c, int64_t py, int64_t px, Taps* taps,
 void multiply(MaskedConv2dArgs args) {
   if (args.pattern.rows == 0 || args.grid.points() == 0) return;
   const Scratch offset(args.pattern.nnz * 2);
-  const bool strips = FASTPRUNE_PICK(strip_offsets)(args.grid, args.pattern, args.dtype,
-                                                    offset.as<uint16_t>());
+  const bool strips =
+      FASTPRUNE_PICK(strip_offsets)(args.grid, args.pattern, args.dtype, offset.as<uint16_t>());
   args.strip_offset = strips ? offset.as<uint16_t>() : nullptr;
-  const Cuts cuts = cut_product(
-      FASTPRUNE_PICK(masked_conv2d_items)(args.grid, args.pattern, args.dtype, strips),
-      args.pattern.rows);
-  const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(
-      args.grid, args.pattern, args.dtype, strips, cuts.rows_per_part());
-  for_each_cut(cuts, scratch, [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
-                                  void* memory) {
-    FASTPRUNE_PICK(masked_conv2d)(args, begin, end, row_begin, row_end, memory);
-  });
+  const Cuts cuts =
+      cut_product(FASTPRUNE_PICK(masked_conv2d_items)(args.grid, args.pattern, args.dtype, strips),
+                  args.pattern.rows);
+  const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(args.grid, args.pattern, args.dtype,
+                                                                strips, cuts.rows_per_part());
+  for_each_cut(cuts, scratch,
+               [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end, void* memory) {
+                 FASTPRUNE_PICK(masked_conv2d)(args, begin, end, row_begin, row_end, memory);
+               });
 }
 
 Tensor masked_conv2d_cpu(const Tensor& x_in, const Tensor& weight_in,
@@ -166,9 +154,8 @@ Tensor masked_conv2d_cpu(const Tensor& x_in, const Tensor& weight_in,
   Tensor y = torch::stable::new_empty(x, {c.batch, c.shape.rows, c.out_height, c.out_width});
   Taps taps;
   const ConvGrid grid = output_grid(c, &taps);
-  multiply(MaskedConv2dArgs{pattern, c.dtype, grid,
-                            ConvTarget{grid.height, grid.width, 0, 0, 1, 1}, x.const_data_ptr(),
-                            values.const_data_ptr(), nullptr,
+  multiply(MaskedConv2dArgs{pattern, c.dtype, grid, ConvTarget{grid.height, grid.width, 0, 0, 1, 1},
+                            x.const_data_ptr(), values.const_data_ptr(), nullptr,
                             bias.has_value() ? bias->const_data_ptr() : nullptr,
                             y.mutable_data_ptr()});
   return y;
@@ -257,8 +244,8 @@ Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& 
                                   nullptr,
                                   values.mutable_data_ptr()};
   const Scratch strip_offset(pattern.nnz * 2);
-  const bool strips = FASTPRUNE_PICK(strip_offsets)(args.grid, pattern, c.dtype,
-                                                    strip_offset.as<uint16_t>());
+  const bool strips =
+      FASTPRUNE_PICK(strip_offsets)(args.grid, pattern, c.dtype, strip_offset.as<uint16_t>());
   args.strip_offset = strips ? strip_offset.as<uint16_t>() : nullptr;
   const Cuts cuts = cut_rows(pattern.rows);
   const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(args.grid, pattern, c.dtype, strips,
@@ -267,8 +254,8 @@ Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& 
                [&](int64_t, int64_t, int64_t row_begin, int64_t row_end, void* memory) {
                  FASTPRUNE_PICK(masked_conv2d_weight_grad)(args, row_begin, row_end, memory);
                });
-  Tensor weight_grad = torch::stable::new_empty(
-      x, {c.shape.rows, c.shape.depth, c.kernel_height, c.kernel_width});
+  Tensor weight_grad =
+      torch::stable::new_empty(x, {c.shape.rows, c.shape.depth, c.kernel_height, c.kernel_width});
   scatter_to_dense(pattern, c.dtype, values, weight_grad);
   return weight_grad;
 }

@@ -15,9 +15,9 @@ struct MaskedConv2dCall {
   PatternShape shape;
   ConvGeometry geometry;
   DType dtype;
-  int64_t batch, channels, height, width;    // of x
+  int64_t batch, channels, height, width;  // of x
   int64_t kernel_height, kernel_width;
-  int64_t out_height, out_width;             // of y
+  int64_t out_height, out_width;  // of y
 };
 
 using Pair = torch::headeronly::HeaderOnlyArrayRef<int64_t>;

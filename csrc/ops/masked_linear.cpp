@@ -13,9 +13,9 @@ MaskedLinearCall validate_masked_linear(const Tensor& input, const char* name, c
   check_dim(weight, 2, op, "weight");
   check_dtype(weight, input.scalar_type(), op, "weight");
   check_size(input, 1, weight.size(input_has_rows ? 0 : 1), op, name);
-  return MaskedLinearCall{PatternShape{weight.size(0), 1, weight.size(1), 1, block_depth,
-                                       transposed_block_depth},
-                          dtype_of(input, op, name), input.size(0)};
+  return MaskedLinearCall{
+      PatternShape{weight.size(0), 1, weight.size(1), 1, block_depth, transposed_block_depth},
+      dtype_of(input, op, name), input.size(0)};
 }
 
 namespace {
@@ -34,12 +34,12 @@ void multiply(const PatternView& pattern, DType dtype, const Tensor& x, const Te
   const Cuts cuts = cut_product((args.batch + tile - 1) / tile, pattern.rows);
   const int64_t scratch =
       FASTPRUNE_PICK(masked_linear_scratch)(pattern, dtype, cuts.rows_per_part());
-  for_each_cut(cuts, scratch, [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end,
-                                  void* memory) {
-    for (int64_t i = begin; i < end; ++i) {
-      FASTPRUNE_PICK(masked_linear)(args, i, row_begin, row_end, memory);
-    }
-  });
+  for_each_cut(cuts, scratch,
+               [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end, void* memory) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   FASTPRUNE_PICK(masked_linear)(args, i, row_begin, row_end, memory);
+                 }
+               });
 }
 
 Tensor masked_linear_cpu(const Tensor& x_in, const Tensor& weight_in,
@@ -47,11 +47,10 @@ Tensor masked_linear_cpu(const Tensor& x_in, const Tensor& weight_in,
                          const Tensor& offset, const Tensor&, const Tensor&, int64_t block_depth,
                          int64_t transposed_block_depth, bool) {
   const char* op = "masked_linear";
-  const MaskedLinearCall call = validate_masked_linear(x_in, "x", weight_in, block_depth,
-                                                       transposed_block_depth, false, op);
+  const MaskedLinearCall call =
+      validate_masked_linear(x_in, "x", weight_in, block_depth, transposed_block_depth, false, op);
   const PatternView pattern = checked_pattern(row_ptr, offset, call.shape, false, op);
-  const std::optional<Tensor> bias =
-      checked_bias(bias_in, call.shape.rows, x_in.scalar_type(), op);
+  const std::optional<Tensor> bias = checked_bias(bias_in, call.shape.rows, x_in.scalar_type(), op);
   const Tensor x = dense(x_in), weight = dense(weight_in);
   const Tensor values = forward_values(pattern, weight, op);
   Tensor y = torch::stable::new_empty(x, {call.batch, call.shape.rows});
@@ -89,8 +88,7 @@ Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& 
   const PatternShape shape{grad_in.size(1), 1, x_in.size(1), 1, block_depth, 1};
   const PatternView pattern = checked_pattern(row_ptr, offset, shape, false, op);
   const Tensor grad = dense(grad_in), x = dense(x_in);
-  const Tensor values =
-      torch::stable::new_zeros(x, {pattern.nnz}, accumulator_type(dtype));
+  const Tensor values = torch::stable::new_zeros(x, {pattern.nnz}, accumulator_type(dtype));
   MaskedLinearWeightGradArgs args{pattern,
                                   dtype,
                                   x.size(0),

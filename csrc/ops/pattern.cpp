@@ -39,10 +39,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_pattern(const Tensor& mask_in, i
   check_dtype(mask_in, ScalarType::Bool, op, "mask");
   check_dim(mask_in, 2, op, "mask");
   STD_TORCH_CHECK(taps >= 1 && mask_in.size(1) % taps == 0, op,
-                  ": taps: expected a positive divisor of the ", mask_in.size(1),
-                  " columns, got ", taps);
-  const PatternShape shape{mask_in.size(0),  groups,      mask_in.size(1) / taps, taps,
-                           block_depth,      transposed_block_depth};
+                  ": taps: expected a positive divisor of the ", mask_in.size(1), " columns, got ",
+                  taps);
+  const PatternShape shape{mask_in.size(0),       groups, mask_in.size(1) / taps, taps, block_depth,
+                           transposed_block_depth};
   check_shape(shape, op);
   const Tensor mask = dense(mask_in);
   PatternView forward = view_of(shape, false), transposed = view_of(shape, true);
@@ -86,9 +86,10 @@ PatternView checked_pattern(const Tensor& row_ptr, const Tensor& offset, const P
   v.nnz = offset.numel();
   v.row_ptr = static_cast<const int64_t*>(row_ptr.const_data_ptr());
   v.offset = static_cast<const int16_t*>(offset.const_data_ptr());
-  STD_TORCH_CHECK(FASTPRUNE_PICK(pattern_is_valid)(v), op, ": ", row_ptr_name, ": expected bounds "
-                  "that start at 0, never decrease and end at the ", v.nnz, " entries of ",
-                  offset_name, ", and offsets inside their block");
+  STD_TORCH_CHECK(FASTPRUNE_PICK(pattern_is_valid)(v), op, ": ", row_ptr_name,
+                  ": expected bounds "
+                  "that start at 0, never decrease and end at the ",
+                  v.nnz, " entries of ", offset_name, ", and offsets inside their block");
   return v;
 }
 
@@ -106,21 +107,20 @@ Tensor forward_values(const PatternView& forward, const Tensor& weight, const ch
 Tensor transposed_values(const PatternView& forward, const PatternView& transposed,
                          const Tensor& weight, const char* op) {
   const DType dtype = dtype_of(weight, op, "weight");
-  STD_TORCH_CHECK(forward.nnz == transposed.nnz, op,
-                  ": transposed_offset: expected the ", forward.nnz, " entries of offset, got ",
-                  transposed.nnz);
+  STD_TORCH_CHECK(forward.nnz == transposed.nnz, op, ": transposed_offset: expected the ",
+                  forward.nnz, " entries of offset, got ", transposed.nnz);
   Tensor values = torch::stable::new_empty(weight, {transposed.nnz}, accumulator_type(dtype));
   const void* from = weight.const_data_ptr();
   void* to = values.mutable_data_ptr();
   std::atomic<bool> agree{true};
-  for_each_range(transposed.groups * transposed.blocks(), transposed.rows * 8,
-                 [&](int64_t begin, int64_t end, void* cursor) {
-                   if (!FASTPRUNE_PICK(gather_transposed_values)(
-                           forward, transposed, dtype, from, to, static_cast<int64_t*>(cursor),
-                           begin, end)) {
-                     agree = false;
-                   }
-                 });
+  for_each_range(
+      transposed.groups * transposed.blocks(), transposed.rows * 8,
+      [&](int64_t begin, int64_t end, void* cursor) {
+        if (!FASTPRUNE_PICK(gather_transposed_values)(forward, transposed, dtype, from, to,
+                                                      static_cast<int64_t*>(cursor), begin, end)) {
+          agree = false;
+        }
+      });
   STD_TORCH_CHECK(agree.load(), op,
                   ": transposed_offset: expected the transpose of the pattern in offset");
   return values;

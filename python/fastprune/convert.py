@@ -86,7 +86,7 @@ def accelerate(
         used.add(id(layer))
         masked = _masked(fast.get_submodule(owner), masks[name].to(layer.weight.device))  # type: ignore[arg-type]
         layers.append(_choose(name, layer, masked, inputs.get(owner), training, min_time))
-        _replace(fast, owner, masked)
+        fast = _replace(fast, owner, masked)
     report = Report(layers=layers, training=training, folded=folded)
     _compare_whole(dense, fast, arguments, report, min_time)
     return fast, report
@@ -170,7 +170,7 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
         return layer
     old = model.get_submodule(name)
     for parent in list(model.modules()):
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in list(parent._modules.items()):  # named_children skips repeats
             if child is old:
                 setattr(parent, child_name, layer)
     return model

@@ -82,8 +82,8 @@ inline void copy_narrowed(const Accumulator<S>* from, S* to, int n, int64_t step
 
 // One tap of one channel: its view of every run of the tile.
 struct TapRun {
-  int64_t source;   // of the run's point `low`, relative to channel 0 of image 0
-  int low, high;    // points of the run that see the image; the others see padding
+  int64_t source;  // of the run's point `low`, relative to channel 0 of image 0
+  int low, high;   // points of the run that see the image; the others see padding
 };
 
 // Fills panel rows (channel, tap) for `channels` channels from `first_channel` of the source.
@@ -185,9 +185,8 @@ class PanelPacker {
     const int64_t x = run.x * grid_.step_x + grid_.tap_x[t];
     if (y < 0 || y >= grid_.source_height) return view;
     int64_t low = x < 0 ? (-x + grid_.step_x - 1) / grid_.step_x : 0;
-    int64_t high = x >= grid_.source_width
-                       ? 0
-                       : (grid_.source_width - x + grid_.step_x - 1) / grid_.step_x;
+    int64_t high =
+        x >= grid_.source_width ? 0 : (grid_.source_width - x + grid_.step_x - 1) / grid_.step_x;
     if (low > run.length) low = run.length;
     if (high > run.length) high = run.length;
     if (low >= high) return view;

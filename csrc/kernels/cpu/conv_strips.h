@@ -1,10 +1,10 @@
 // Convolution over strips: whole rows of grid points at once.
 //
 // The panel of a block of channels holds, for each channel and live kernel column, the source rows
-// that a strip of grid rows needs, already shifted by the column's tap and padded to a common pitch.
-// A kernel row is then a constant distance: the nonzero (channel, ky, kx) reads a point's own
-// position plus one offset, loads are aligned when the pitch is whole vectors, and a source row is
-// packed once per kernel column instead of once per tap.
+// that a strip of grid rows needs, already shifted by the column's tap and padded to a common
+// pitch. A kernel row is then a constant distance: the nonzero (channel, ky, kx) reads a point's
+// own position plus one offset, loads are aligned when the pitch is whole vectors, and a source row
+// is packed once per kernel column instead of once per tap.
 #pragma once
 
 #include <cstring>
@@ -138,8 +138,7 @@ inline bool lay_out_rows(const ConvGrid& g, int64_t block_depth, int64_t vectors
   constexpr int64_t per_line = 64 / static_cast<int64_t>(sizeof(T));
   const int64_t lines = ceil_div(l->images * l->panel_rows * l->pitch + W, per_line);
   l->plane = (lines | 1) * per_line;
-  const int64_t bytes =
-      block_depth * l->columns * l->plane * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = block_depth * l->columns * l->plane * static_cast<int64_t>(sizeof(T));
   return bytes <= kPanelBytes;
 }
 
@@ -302,8 +301,8 @@ class StripPacker {
   const StripLayout& l_;
   int64_t channels_;
   T* line_;
-  int64_t low_, count_;   // first source column in the line, and how many
-  int64_t elements_;      // of the source
+  int64_t low_, count_;  // first source column in the line, and how many
+  int64_t elements_;     // of the source
   int64_t row_vectors_;
   bool direct_;
   Mask last_, left_[kMaxKernel], right_[kMaxKernel];

@@ -11,9 +11,8 @@
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;       // elements whose keys are in flight; a multiple of 64
-constexpr int64_t kAhead = 2 * kBlock; // prefetch distance, elements
-constexpr int64_t kBisectable = 4096;  // so many keys are cheaper to count repeatedly than to bin
+constexpr int64_t kBlock = 1024;        // elements whose keys are in flight; a multiple of 64
+constexpr int64_t kBisectable = 32768;  // fewer keys are sooner counted a few times than binned
 
 template <typename K>
 struct KeyTraits;
@@ -345,20 +344,6 @@ inline void for_each_block(const TopkProblem& problem, const TopkSpan& span, F f
   }
 }
 
-// Asks for the 64 elements from `at` on (past the end: no fault, no effect). Ranking a block loads
-// nothing from memory; without this the bus would idle meanwhile.
-inline void prefetch(const TopkTensor& t, int64_t at) {
-  const auto lines = [at](DType dtype, const void* base) {
-    const int64_t size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-    const uintptr_t p = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(at * size);
-    for (int64_t i = 0; i < size; ++i) {
-      __builtin_prefetch(reinterpret_cast<const void*>(p + static_cast<uintptr_t>(64 * i)));
-    }
-  };
-  lines(t.dtype, t.values);
-  if (t.other != nullptr) lines(t.other_dtype, t.other);
-}
-
 template <typename K>
 void filter(const TopkProblem& problem, TopkChunk& chunk, const TopkBracket& bracket,
             const TopkCandidates& out, int64_t& used) {
@@ -372,24 +357,32 @@ void filter(const TopkProblem& problem, TopkChunk& chunk, const TopkBracket& bra
   for_each_block<K>(problem, chunk.span, [&](const K* keys, int64_t at, int64_t n, bool nan) {
     chunk.has_nan |= nan;
     for (int64_t i = 0; i < n; i += 64) {
-      prefetch(t, at + i + kAhead);
       const uint64_t over = greater_bits(keys + i, bounds[1]);
       const uint64_t over_bottom = greater_bits(keys + i, bounds[2]);
       write_bits(over, n - i < 64 ? n - i : 64, t.mask + at + i);
       above_top += __builtin_popcountll(over);
       uint64_t in = over_bottom & ~over;
-      inside += __builtin_popcountll(in);
+      const int found = __builtin_popcountll(in);
+      inside += found;
       if (ends) {
         top += __builtin_popcountll(over & ~greater_bits(keys + i, bounds[0]));
         bottom += __builtin_popcountll(greater_bits(keys + i, bounds[3]) & ~over_bottom);
       }
       if (used + 64 > out.capacity) continue;
       const int64_t position = at - chunk.span.begin + i;
-      for (; in != 0; in &= in - 1, ++used) {
-        const int bit = __builtin_ctzll(in);
-        static_cast<K*>(out.keys)[used] = keys[i + bit];
-        out.positions[used] = static_cast<uint16_t>(position + bit);
-      }
+      int64_t slot = used;
+      const auto append = [&] {
+        const int bit = __builtin_ctzll(in | uint64_t{1} << 63);
+        static_cast<K*>(out.keys)[slot] = keys[i + bit];
+        out.positions[slot++] = static_cast<uint16_t>(position + bit);
+        in &= in - 1;
+      };
+      // Mostly none to two of 64: two slots are written in any case, since branches that cannot be
+      // foreseen would cost more.
+      append();
+      append();
+      while (in != 0) append();
+      used += found;
     }
   });
   chunk.above = above_top - top;

@@ -36,9 +36,9 @@ const char* built_isas();
   __VA_ARGS__                  \
   }
 // The variant of f for the ISA in use.
-#define FASTPRUNE_PICK(f)                                    \
-  (::fastprune::current_isa() == ::fastprune::Isa::avx512    \
-       ? ::fastprune::avx512::f                              \
+#define FASTPRUNE_PICK(f)                                                             \
+  (::fastprune::current_isa() == ::fastprune::Isa::avx512                             \
+       ? ::fastprune::avx512::f                                                       \
        : (::fastprune::current_isa() == ::fastprune::Isa::avx2 ? ::fastprune::avx2::f \
                                                                : ::fastprune::scalar::f))
 #else

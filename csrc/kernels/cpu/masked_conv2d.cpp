@@ -36,8 +36,8 @@ void write_points(const MaskedConv2dArgs& a, const PointTile& t, const Accumulat
   const int64_t plane = place.height * place.width;
   for (int s = 0; s < t.runs; ++s) {
     const Run& run = t.run[s];
-    const int64_t corner = (run.y * place.step_y + place.first_y) * place.width +
-                           run.x * place.step_x + place.first_x;
+    const int64_t corner =
+        (run.y * place.step_y + place.first_y) * place.width + run.x * place.step_x + place.first_x;
     S* to = static_cast<S*>(a.target) + (run.image * a.pattern.rows + begin) * plane + corner;
     const Accumulator<S>* from = tile_rows + run.at;
     for (int64_t r = begin; r < end; ++r, to += plane, from += t.tile) {
@@ -63,8 +63,8 @@ void forward_points(const MaskedConv2dArgs& a, int64_t tile_index, int64_t row_b
     for (int64_t b = 0; b < p.blocks(); ++b) {
       const int64_t* row_ptr = p.row_ptr + b * p.rows;
       if (row_ptr[begin] == row_ptr[end]) continue;
-      pack(packer, scattered, static_cast<const S*>(a.source),
-           group * p.depth + b * p.block_depth, p.depth_of(b), panel);
+      pack(packer, scattered, static_cast<const S*>(a.source), group * p.depth + b * p.block_depth,
+           p.depth_of(b), panel);
       product(PanelRows<T>{row_ptr, begin, end, p.offset, panel, tile_rows},
               static_cast<const T*>(a.values), t.tile);
     }
@@ -118,7 +118,8 @@ struct StripScratch {
 
   static int64_t elements(const StripLayout& l, const PatternView& p, int64_t rows) {
     const int64_t vectors = l.images * l.vectors;
-    return p.block_depth * l.columns * l.plane + l.line + (vectors + 1 + vectors * rows) * kLanes<T>;
+    return p.block_depth * l.columns * l.plane + l.line +
+           (vectors + 1 + vectors * rows) * kLanes<T>;
   }
   StripScratch(const StripLayout& l, const PatternView& p, T* memory)
       : panel(memory),
@@ -219,9 +220,9 @@ void read_strip(const MaskedConv2dWeightGradArgs& a, const StripLayout& l, const
   for (int64_t i = 0; i < vectors * W; ++i) memory.output[i] = T(0);
   for (int64_t r = 0; r < count; ++r) {
     for (int64_t i = 0; i < s.images; ++i) {
-      const S* from = static_cast<const S*>(a.grad) +
-                      (((s.image + i) * a.pattern.rows + begin + r) * a.grid.height + s.y) *
-                          a.grid.width;
+      const S* from =
+          static_cast<const S*>(a.grad) +
+          (((s.image + i) * a.pattern.rows + begin + r) * a.grid.height + s.y) * a.grid.width;
       T* to = memory.output + i * l.vectors * W;
       for (int64_t y = 0; y < s.rows; ++y) {
         copy_widened(from, to, static_cast<int>(a.grid.width));
@@ -327,15 +328,16 @@ bool translate(const ConvGrid& g, const PatternView& p, uint16_t* offset) {
   for (int64_t t = 0; t < p.taps; ++t) {
     const int64_t ky = t / g.kernel_width, kx = t % g.kernel_width;
     if (g.live_tap[t] == 0) continue;
-    of_tap[t] = (l.column_of[kx] * l.plane +
-                 (l.phase[l.phase_of[ky]].start + l.relative[ky]) * l.pitch) / unit;
+    of_tap[t] =
+        (l.column_of[kx] * l.plane + (l.phase[l.phase_of[ky]].start + l.relative[ky]) * l.pitch) /
+        unit;
   }
   const int64_t per_channel = l.columns * l.plane / unit;
   const SmallDivider by_taps(p.taps);
   for (int64_t e = 0; e < p.nnz; ++e) {
     const int64_t channel = by_taps(p.offset[e]);
-    offset[e] = static_cast<uint16_t>(channel * per_channel +
-                                      of_tap[p.offset[e] - channel * p.taps]);
+    offset[e] =
+        static_cast<uint16_t>(channel * per_channel + of_tap[p.offset[e] - channel * p.taps]);
   }
   return true;
 }

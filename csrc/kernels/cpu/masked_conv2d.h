@@ -1,7 +1,7 @@
 // 2-d convolution with an unstructured mask on the weight, and its gradients, over packed patterns.
 //
-// Convolution is the product of masked_linear.h with pixels in place of batch entries. There are two
-// ways to pack the activations: strips of whole rows (conv_strips.h), where a kernel tap is one
+// Convolution is the product of masked_linear.h with pixels in place of batch entries. There are
+// two ways to pack the activations: strips of whole rows (conv_strips.h), where a kernel tap is one
 // constant offset; and tiles of single points (conv_panel.h) for pointwise kernels and for maps too
 // small for strips, with one panel row per channel and tap.
 #pragma once
@@ -37,22 +37,22 @@ struct ConvTarget {
 
 struct MaskedConv2dArgs {
   PatternView pattern;
-  DType dtype;         // of source and target
+  DType dtype;  // of source and target
   ConvGrid grid;
   ConvTarget place;
   const void* source;  // batch x (groups * depth) x source_height x source_width, contiguous
   const void* values;  // accumulator type, in the pattern's order
   const uint16_t* strip_offset;  // from strip_offsets(), or null to go by points
-  const void* bias;    // pattern.rows values of the accumulator type, or null
-  void* target;        // batch x rows x place.height x place.width, contiguous
+  const void* bias;              // pattern.rows values of the accumulator type, or null
+  void* target;                  // batch x rows x place.height x place.width, contiguous
 };
 
 // values_grad[e] = sum over the grid's points of grad[row] * source at the entry's channel and tap.
 struct MaskedConv2dWeightGradArgs {
   PatternView pattern;
-  DType dtype;        // of grad and source
+  DType dtype;  // of grad and source
   ConvGrid grid;
-  const void* grad;   // batch x rows x height x width, contiguous
+  const void* grad;  // batch x rows x height x width, contiguous
   const void* source;
   const uint16_t* strip_offset;
   void* values_grad;  // accumulator type, zero at the start

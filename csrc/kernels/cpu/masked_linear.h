@@ -9,7 +9,7 @@ namespace fastprune {
 // gradient is the same product with the transposed pattern and x = grad of y.
 struct MaskedLinearArgs {
   PatternView pattern;
-  DType dtype;         // of x and y
+  DType dtype;  // of x and y
   int64_t batch;
   const void* x;       // batch x pattern.cols(), contiguous
   const void* values;  // accumulator type (float, or double for f64), in the pattern's order
@@ -20,7 +20,7 @@ struct MaskedLinearArgs {
 // values_grad[e] = sum over the batch of grad[n, r] * x[n, c] at the entries (r, c).
 struct MaskedLinearWeightGradArgs {
   PatternView pattern;
-  DType dtype;        // of grad and x
+  DType dtype;  // of grad and x
   int64_t batch;
   const void* grad;   // batch x pattern.rows, contiguous
   const void* x;      // batch x pattern.cols(), contiguous

@@ -28,8 +28,8 @@ struct PanelRows {
   const int64_t* row_ptr;  // of this block: row r has entries [row_ptr[r], row_ptr[r + 1])
   int64_t begin, end;      // rows
   const int16_t* offset;
-  const T* panel;          // aligned to 64 bytes
-  T* tile_rows;            // row r at tile_rows + (r - begin) * tile; aligned to 64 bytes
+  const T* panel;  // aligned to 64 bytes
+  T* tile_rows;    // row r at tile_rows + (r - begin) * tile; aligned to 64 bytes
 };
 
 // tile_rows[r] += sum over the entries of r of values[e] * panel[offset[e]].

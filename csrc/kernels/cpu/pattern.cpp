@@ -197,45 +197,43 @@ int64_t filter(const PatternView& p, const T* values, const uint8_t* keep_tap, P
 
 }  // namespace
 
-#define FASTPRUNE_BY_DTYPE(call)       \
-  switch (dtype) {                     \
-    case DType::f32: {                 \
-      using S = float;                 \
-      return call;                     \
-    }                                  \
-    case DType::f64: {                 \
-      using S = double;                \
-      return call;                     \
-    }                                  \
-    case DType::bf16: {                \
-      using S = BFloat16;              \
-      return call;                     \
-    }                                  \
-    default: {                         \
-      using S = Float16;               \
-      return call;                     \
-    }                                  \
+#define FASTPRUNE_BY_DTYPE(call) \
+  switch (dtype) {               \
+    case DType::f32: {           \
+      using S = float;           \
+      return call;               \
+    }                            \
+    case DType::f64: {           \
+      using S = double;          \
+      return call;               \
+    }                            \
+    case DType::bf16: {          \
+      using S = BFloat16;        \
+      return call;               \
+    }                            \
+    default: {                   \
+      using S = Float16;         \
+      return call;               \
+    }                            \
   }
 
 void gather_values(const PatternView& p, DType dtype, const void* weight, void* values,
                    int64_t begin, int64_t end) {
-  FASTPRUNE_BY_DTYPE(gather<S>(p, static_cast<const S*>(weight),
-                               static_cast<Accumulator<S>*>(values), begin, end))
+  FASTPRUNE_BY_DTYPE(
+      gather<S>(p, static_cast<const S*>(weight), static_cast<Accumulator<S>*>(values), begin, end))
 }
 
 bool gather_transposed_values(const PatternView& p, const PatternView& t, DType dtype,
                               const void* weight, void* values, int64_t* cursor, int64_t begin,
                               int64_t end) {
   FASTPRUNE_BY_DTYPE(gather_transposed<S>(p, t, static_cast<const S*>(weight),
-                                          static_cast<Accumulator<S>*>(values), cursor, begin,
-                                          end))
+                                          static_cast<Accumulator<S>*>(values), cursor, begin, end))
 }
 
 void scatter_values(const PatternView& p, DType dtype, const void* values, void* weight_grad,
-                    int64_t begin, int64_t end) {
-  FASTPRUNE_BY_DTYPE(scatter<S>(p, static_cast<const Accumulator<S>*>(values),
-                                static_cast<S*>(weight_grad), begin, end))
-}
+                    int64_t begin, int64_t end){
+    FASTPRUNE_BY_DTYPE(scatter<S>(p, static_cast<const Accumulator<S>*>(values),
+                                  static_cast<S*>(weight_grad), begin, end))}
 
 int64_t filter_taps(const PatternView& p, DType dtype, const void* values, const uint8_t* keep_tap,
                     PatternBuffers out, void* out_values) {

@@ -76,13 +76,12 @@ inline Float16 narrow<Float16>(float x) {  // round to nearest, ties to even; ov
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t magnitude = u & 0x7fffffffu;
   // Normal results: rebias, then round the 13 dropped bits to even.
-  const uint32_t normal =
-      (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
   // Subnormal results: adding 0.5 aligns the last kept bit with the last bit of a float near 0.5,
   // and the addition rounds to even.
   const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
-  h = magnitude >= 0x47800000u ? 0x7c00u : h;                      // 65536 and above: infinity
+  h = magnitude >= 0x47800000u ? 0x7c00u : h;  // 65536 and above: infinity
   h = magnitude > 0x7f800000u ? 0x7e00u | ((magnitude >> 13) & 0x3ffu) : h;  // NaN
   return {static_cast<uint16_t>(sign | h)};
 }

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastprune.cli.common import Interrupted, UsageError
+from fastprune.cli.common import InterruptedRunError, UsageError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"fastprune {args.command}: error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except Interrupted as stop:
+    except InterruptedRunError as stop:
         print(f"fastprune {args.command}: interrupted: {stop}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ The JSON file (times in seconds, except in ``report``, where names end in ``_ms`
 
     {"command": "bench", "schema": 1, "interrupted": false,
      "machine": {see fastprune.cli.machine.describe},
-     "settings": {"model", "input_shape", "num_classes", "batch", "data", "methods", "sparsities",
+     "settings": {"model", "input_shape", "batch", "data", "methods", "sparsities",
                   "modes": ["inference", "training"], "steps": {method: T}, "seed", "min_time"},
      "parameters": 11173962,
      "dense": {mode: {"form", "median", "low", "high", "runs", "tried": {form: {...}}}},
@@ -26,33 +26,19 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 
-from fastprune import data, models
-from fastprune.cli import common, machine, measuring, plots, render, tables
+from fastprune import data
+from fastprune.cli import common, inputs, machine, measuring, plots, render, tables
 from fastprune.pruners.registry import PRUNERS
 
 SUMMARY = "Time a network: best dense form, weight x mask, and fastprune."
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    parts = [common.positive_int(part) for part in common.comma_separated(text)]
-    if len(parts) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not C,H,W, such as 3,32,32")
-    return parts[0], parts[1], parts[2]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=common.positive_int, default=16, help="samples [16]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=tuple(inputs.DTYPES), default="float32")
     parser.add_argument("--threads", type=common.positive_int, help="threads [torch's choice]")
-    parser.add_argument("--input-shape", type=_shape, metavar="C,H,W", help="[the network's own]")
+    parser.add_argument(
+        "--input-shape", type=inputs.shape, metavar="C,H,W", help="[the network's own]"
+    )
     parser.add_argument("--num-classes", type=common.positive_int, help="[the network's own]")
     parser.add_argument("--dataset", help=f"real inputs: {', '.join(data.names())} [random]")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data set's files")
@@ -85,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="time training steps as well as forward passes",
     )
     parser.add_argument("--layers", action="store_true", help="also print a table per layer")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and batches [0]")
+    parser.add_argument("--seed", type=common.seed, default=0, help="of weights and inputs [0]")
     parser.add_argument(
         "--min-time",
         type=common.positive_float,
@@ -97,66 +85,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG plot (matplotlib)")
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        why = "finds no GPU" if torch.version.cuda else "is a CPU-only build"
-        raise common.UsageError(f"--device cuda: torch {torch.__version__} {why}")
-    return torch.device(name)
-
-
-def _network(args: argparse.Namespace) -> tuple[nn.Module, tuple[int, ...], int | None]:
-    """The network with its input shape, and its number of classes where one was chosen."""
-    with common.usage_errors():
-        shape, classes = args.input_shape, args.num_classes
-        if args.data is not None and args.dataset is None:
-            raise ValueError(f"--data needs --dataset, one of {', '.join(data.names())}")
-        if args.dataset is not None:
-            info = data.info(args.dataset)
-            shape, classes = shape or info.in_shape, classes or info.num_classes
-        shape = shape or models.default_input_shape(args.model)
-        return models.create(args.model, num_classes=classes, in_shape=shape), shape, classes
-
-
-def _batch(args: argparse.Namespace, model: nn.Module, shape: Sequence[int]) -> common.Batch:
-    """One batch: real data where asked for, else normal noise and uniform labels."""
-    generator = torch.Generator().manual_seed(args.seed)
-    if args.dataset is not None:
-        with common.usage_errors():
-            dataset = data.load(args.dataset, args.data, "train")
-            size = len(dataset)  # type: ignore[arg-type]
-            if size < args.batch:
-                raise ValueError(f"--batch {args.batch}: the data set has {size} samples")
-            rows = torch.randperm(size, generator=generator)[: args.batch].tolist()
-            x, y = next(iter(DataLoader(Subset(dataset, rows), batch_size=args.batch)))
-            return x, y
-    x = torch.randn(args.batch, *shape, generator=generator)
-    with common.usage_errors(RuntimeError, ValueError, AssertionError), torch.inference_mode():
-        logits = model.eval()(x)
-        model.train()
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        raise common.UsageError(f"--model {args.model}: expected logits (batch, classes)")
-    return x, torch.randint(logits.shape[1], (args.batch,), generator=generator)
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the bench; see :func:`fastprune.cli.main` for the exit code.
 
     Raises:
         UsageError: before any timing: unknown names, a missing device or package, bad files.
-        Interrupted: after Ctrl-C; with ``--json``, what was finished is in the file.
+        InterruptedRunError: after Ctrl-C; with ``--json``, what was finished is in the file.
     """
     if args.plot is not None:
         common.require("matplotlib")
-    if args.dataset is not None and "digits" in args.dataset.lower():
-        common.require("sklearn")
     methods = common.known_methods(args.methods)
-    device, dtype = _device(args.device), DTYPES[args.dtype]
-    json_path, plot_path = common.writable(args.json), common.writable(args.plot)
+    device, dtype = inputs.device(args.device), inputs.DTYPES[args.dtype]
+    for path in (args.json, args.plot):
+        if path is not None:
+            common.writable(path)
     common.use_threads(args.threads)
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
-        model, shape, classes = _network(args)
-    x, y = _batch(args, model, shape)
+    model, in_shape = inputs.network(args)
+    x, y = inputs.batch(args, model, in_shape)
     model, batch = model.to(device, dtype), (x.to(device, dtype), y.to(device))
     modes = [m for m in ("inference", "training") if m == "inference" or args.training]
     document: dict[str, Any] = {
@@ -167,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
         "settings": {
             "model": args.model,
             "input_shape": list(x.shape[1:]),
-            "num_classes": classes,
             "batch": args.batch,
             "data": args.dataset or "random",
             "methods": methods,
@@ -189,14 +133,16 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         document["interrupted"] = True
         where = "nothing written (no --json)"
-        if json_path is not None:
-            common.write_json(json_path, document)
-            where = f"kept in {json_path}"
-        raise common.Interrupted(f"{len(document['results'])} cases finished, {where}") from None
-    return _report(args, console, document, json_path, plot_path)
+        if args.json is not None:
+            common.write_json(args.json, document)
+            where = f"kept in {args.json}"
+        raise common.InterruptedRunError(
+            f"{len(document['results'])} cases finished, {where}"
+        ) from None
+    return _report(args, console, document)
 
 
-def _header(console: Any, document: dict[str, Any]) -> None:
+def _header(console: Console, document: dict[str, Any]) -> None:
     tables.machine_lines(console, document["machine"])
     settings = document["settings"]
     source = settings["data"]
@@ -287,16 +233,10 @@ def _float_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Te
     return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
 
 
-def _report(
-    args: argparse.Namespace,
-    console: Any,
-    document: dict[str, Any],
-    json_path: Path | None,
-    plot_path: Path | None,
-) -> int:
+def _report(args: argparse.Namespace, console: Console, document: dict[str, Any]) -> int:
     """Print the tables and write the files; 1 if a case failed."""
-    if json_path is not None:
-        common.write_json(json_path, document)
+    if args.json is not None:
+        common.write_json(args.json, document)
     finished = [r for r in document["results"] if "error" not in r]
     for mode in document["settings"]["modes"]:
         tables.bench_mode(console, document, mode)
@@ -304,9 +244,9 @@ def _report(
             for result in finished:
                 tables.bench_layers(console, result, mode)
     tables.bench_notes(console, document)
-    if plot_path is not None and finished:
-        plots.bench(document, plot_path)
-    written = [str(p) for p in (json_path, plot_path if finished else None) if p is not None]
+    if args.plot is not None and finished:
+        plots.bench(document, args.plot)
+    written = [str(p) for p in (args.json, args.plot if finished else None) if p is not None]
     if written:
         console.print(f"\nwrote {' and '.join(written)}")
     return 0 if len(finished) == len(document["results"]) else 1

@@ -24,22 +24,24 @@ Batch = tuple[Tensor, Tensor]
 
 
 class UsageError(Exception):
-    """Something that the user can put right. The command line prints it on one line, exit code 2."""
+    """Something that the user can put right: printed on one line, exit code 2."""
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     """Ctrl-C, after everything finished so far has been written; says where."""
 
 
 @contextmanager
-def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+def usage_errors(
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError),
+) -> Iterator[None]:
     """Turn exceptions that bad arguments cause into :class:`UsageError`."""
     try:
         yield
-    except kinds or (ValueError, TypeError, OSError, ImportError) as error:
+    except kinds as error:
         raise UsageError(str(error)) from error
 
 
@@ -87,6 +89,17 @@ def positive_int(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return value
+
+
+def seed(text: str) -> int:
+    """A seed that torch's generators take: an integer in [0, 2**31)."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer in [0, 2**31)")
     return value
 
 
@@ -161,13 +174,12 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def writable(path: Path | None) -> Path | None:
+def writable(path: Path) -> Path:
     """Make the folder of an output file, so that a wrong path fails before the work, not after."""
-    if path is not None:
-        with usage_errors(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UsageError(f"cannot write to {str(path)!r}")
+    with usage_errors((OSError,)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot write to {str(path)!r}")
     return path
 
 

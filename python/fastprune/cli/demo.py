@@ -11,15 +11,15 @@ The JSON file (times in seconds; ``low`` and ``high`` are quartiles)::
      "settings": {"quick", "seed", "batch", "methods", "sparsities", "steps": {method: T},
                   "models", "epochs": {model: E}, "min_time"},
      "models": [{"model", "parameters",
-                 "dense": {"accuracy", "training": DENSE, "inference": DENSE},
+                 "dense": {"accuracy", "train_seconds", "training": DENSE, "inference": DENSE},
                  "results": [{"method", "sparsity", "kept", "prunable", "accuracy", "warnings",
+                              "prune_seconds", "train_seconds",
                               "training": CASE, "inference": CASE}]}]}
     DENSE = {"form", "median", "low", "high", "runs", "tried": {form: {"median", ...}}}
     CASE  = {"dense": {"form", "median", ...}, "sparse": {"median", ...}, "speedup",
              "layers", "sparse_layers"}
 
-``interrupted`` is true after Ctrl-C: finished cases are there, the others missing. A network that
-was not reached is missing; one whose dense training was not finished too.
+``interrupted`` is true after Ctrl-C: what was finished is there, the rest is missing.
 """
 
 from __future__ import annotations
@@ -37,44 +37,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastprune import data, models
-from fastprune.cli import common, machine, measuring, plots, render, tables, training
+from fastprune.cli import common, machine, measuring, plan, plots, render, tables, training
 from fastprune.convert import finalize
 from fastprune.pruners.registry import PRUNERS
 
 SUMMARY = "Train, prune, retrain sparse and time two networks on real handwritten digits."
-BATCH = 64
-_DATASET = "digits"
-_DEFAULT_RECIPE = (5, 0.05)  # epochs, peak learning rate, for networks without one below
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much the demo does; what ``--quick`` cuts is the difference between the two below."""
-
-    methods: tuple[str, ...]
-    sparsities: tuple[float, ...]
-    iterative_steps: int
-    """Steps of the methods that score on data at every step."""
-    recipes: Mapping[str, tuple[int, float]]
-    """model -> epochs, peak learning rate."""
-    min_time: float
-    """Seconds of timing per candidate."""
-
-
-FULL = Plan(
-    tuple(PRUNERS),
-    (0.8, 0.9, 0.95, 0.98),
-    20,
-    {"lenet-300-100": (30, 0.05), "vgg-small": (5, 0.05)},
-    0.08,
-)
-QUICK = Plan(
-    ("magnitude", "snip", "synflow"),
-    (0.9, 0.98),
-    10,
-    {"lenet-300-100": (15, 0.05), "vgg-small": (3, 0.05)},
-    0.04,
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="results [OUT/demo.json]")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG plot [OUT/demo.png]")
     parser.add_argument("--threads", type=common.positive_int, help="threads [torch's choice]")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, batches, scores [0]")
+    parser.add_argument("--seed", type=common.seed, default=0, help="of weights and batches [0]")
     parser.add_argument(
         "--methods", type=common.comma_separated, help=f"some of {','.join(PRUNERS)} [all]"
     )
@@ -94,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", type=common.comma_separated, help="networks [lenet-300-100,vgg-small]"
     )
-    parser.add_argument("--epochs", type=common.positive_int, help="of every training [by network]")
+    parser.add_argument("--epochs", type=common.positive_int, help="of each training [by network]")
 
 
 @dataclass
@@ -102,60 +69,28 @@ class Job:
     """The settings of one run, its data, and its results so far."""
 
     settings: dict[str, Any]
+    recipes: Mapping[str, plan.Recipe]
     watch: measuring.Stopwatch
-    recipes: Mapping[str, tuple[int, float]]
     train: training.Split
     test: training.Split
     results: list[dict[str, Any]] = field(default_factory=list)
 
-    def fit(self, model: nn.Module, name: str, steps: render.Steps, what: str) -> None:
-        """Train as every network of this run is trained."""
-        epochs, lr = self.settings["epochs"][name], self.recipe(name)[1]
+    def fit(self, model: nn.Module, name: str, steps: render.Steps, what: str) -> float:
+        """Train as every network of this name is trained; the seconds it took."""
+        epochs = self.settings["epochs"][name]
         done = iter(range(1, epochs + 1))
         steps.now(f"{what}: training, {epochs} epochs")
+        began = time.perf_counter()
         training.fit(
             model,
             self.train,
             epochs=epochs,
-            batch=BATCH,
-            lr=lr,
+            batch=plan.BATCH,
+            lr=self.recipes.get(name, plan.OTHER).lr,
             seed=self.settings["seed"],
             on_epoch=lambda: steps.now(f"{what}: training, epoch {next(done)} of {epochs}"),
         )
-
-    def recipe(self, name: str) -> tuple[int, float]:
-        """Epochs and peak learning rate of a network."""
-        return self.recipes.get(name, _DEFAULT_RECIPE)
-
-
-def _job(args: argparse.Namespace) -> Job:
-    """Check everything that can be checked before the work begins."""
-    common.require("sklearn", "matplotlib")
-    plan = QUICK if args.quick else FULL
-    methods = common.known_methods(args.methods or plan.methods)
-    names = list(dict.fromkeys(args.models or plan.recipes))
-    info = data.info(_DATASET)
-    with common.usage_errors():
-        for name in names:
-            model = models.create(name, num_classes=info.num_classes, in_shape=info.in_shape)
-            model(torch.zeros(2, *info.in_shape))
-        train, test = (training.load_split(_DATASET, split) for split in ("train", "test"))
-    common.use_threads(args.threads)
-    settings = {
-        "quick": args.quick,
-        "seed": args.seed,
-        "batch": BATCH,
-        "methods": methods,
-        "sparsities": list(args.sparsities or plan.sparsities),
-        "steps": {m: common.steps_of(m, plan.iterative_steps) for m in methods},
-        "models": names,
-        "epochs": {
-            n: args.epochs or plan.recipes.get(n, _DEFAULT_RECIPE)[0] for n in names
-        },
-        "min_time": plan.min_time,
-    }  # fmt: skip
-    watch = measuring.Stopwatch(plan.min_time, torch.device("cpu"))
-    return Job(settings, watch, plan.recipes, train, test)
+        return time.perf_counter() - began
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,13 +98,13 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UsageError: before any work: a wrong argument, a missing package, an unwritable file.
-        Interrupted: after Ctrl-C; what was finished is in the JSON file.
+        InterruptedRunError: after Ctrl-C; what was finished is in the JSON file.
     """
-    job = _job(args)
+    common.require("sklearn", "matplotlib")
+    chosen, settings = plan.settings(args)
     json_path = common.writable(args.json or args.out / "demo.json")
     plot_path = common.writable(args.plot or args.out / "demo.png")
-    assert json_path is not None and plot_path is not None
-    settings = job.settings
+    common.use_threads(args.threads)
     began = time.monotonic()
     document: dict[str, Any] = {
         "command": "demo",
@@ -178,27 +113,29 @@ def run(args: argparse.Namespace) -> int:
         "seconds": 0.0,
         "machine": machine.describe(torch.device("cpu"), torch.float32),
         "settings": settings,
-        "models": job.results,
+        "models": [],
     }
-    console = render.stdout()
     total = len(settings["models"]) * (1 + len(settings["methods"]) * len(settings["sparsities"]))
+    console = render.stdout()
     try:
-        tables.demo_header(console, document, FULL.methods, FULL.sparsities)
+        watch = measuring.Stopwatch(settings["min_time"], torch.device("cpu"))
+        job = Job(settings, chosen.recipes, watch, *plan.splits(), document["models"])
+        tables.demo_header(console, document, plan.FULL.methods, plan.FULL.sparsities)
         with render.Steps(total) as steps:
             for name in settings["models"]:
                 _network(job, name, steps)
-        document["seconds"] = round(time.monotonic() - began, 1)
-        common.write_json(json_path, document)
-        plots.demo(document, plot_path)
+            steps.now("drawing the plot")
+            plots.demo(document, plot_path)
     except KeyboardInterrupt:
-        document["interrupted"] = True
-        document["seconds"] = round(time.monotonic() - began, 1)
+        document |= {"interrupted": True, "seconds": round(time.monotonic() - began, 1)}
         common.write_json(json_path, document)
-        finished = sum(len(n["results"]) + 1 for n in job.results)
-        raise common.Interrupted(
+        finished = sum(1 + len(network["results"]) for network in document["models"])
+        raise common.InterruptedRunError(
             f"{finished} of {total} trainings finished, kept in {json_path}"
         ) from None
-    for network in job.results:
+    document["seconds"] = round(time.monotonic() - began, 1)
+    common.write_json(json_path, document)
+    for network in document["models"]:
         tables.demo_network(console, network)
     tables.demo_notes(console, document)
     console.print(f"\n{document['seconds']:.0f} s; wrote {json_path} and {plot_path}")
@@ -207,13 +144,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _network(job: Job, name: str, steps: render.Steps) -> None:
     """Train one network dense, then pruned with every method at every sparsity."""
-    info = data.info(_DATASET)
+    info = data.info(plan.DATASET)
     with torch.random.fork_rng():
         torch.manual_seed(job.settings["seed"])
         base = models.create(name, num_classes=info.num_classes, in_shape=info.in_shape)
-    batches = training.batches(job.train, BATCH, job.settings["seed"])
+    batches = training.batches(job.train, plan.BATCH, job.settings["seed"])
     trained = copy.deepcopy(base)
-    job.fit(trained, name, steps, f"{name} dense")
+    seconds = job.fit(trained, name, steps, f"{name} dense")
     steps.now(f"{name} dense: timing")
     baselines = {
         mode: measuring.best_dense(trained, batches[0], mode, job.watch) for mode in measuring.MODES
@@ -224,6 +161,7 @@ def _network(job: Job, name: str, steps: render.Steps) -> None:
         "parameters": sum(p.numel() for p in base.parameters()),
         "dense": {
             "accuracy": reached,
+            "train_seconds": seconds,
             **{mode: baseline.to_dict() for mode, baseline in baselines.items()},
         },
         "results": [],
@@ -233,7 +171,8 @@ def _network(job: Job, name: str, steps: render.Steps) -> None:
     for method in job.settings["methods"]:
         for sparsity in job.settings["sparsities"]:
             what = f"{name} {method} {render.sparsity(sparsity)}"
-            result = _case(job, name, base, baselines, batches, (method, sparsity), steps, what)
+            result = {"method": method, "sparsity": sparsity}
+            result |= _case(job, name, base, baselines, batches, result, steps, what)
             network["results"].append(result)
             steps.done(
                 f"{what}: accuracy {render.percent(result['accuracy'])}, "
@@ -248,37 +187,39 @@ def _case(
     base: nn.Module,
     baselines: Mapping[measuring.Mode, measuring.Baseline],
     batches: Sequence[common.Batch],
-    what_to_prune: tuple[str, float],
+    prune: Mapping[str, Any],
     steps: render.Steps,
     what: str,
 ) -> dict[str, Any]:
     """Prune at initialization, train with sparse layers, and time both modes."""
-    method, sparsity = what_to_prune
+    method, first = prune["method"], batches[0]
     steps.now(f"{what}: pruning")
+    began = time.perf_counter()
     masks, caught = common.prune_at_init(
-        base, method, sparsity, batches, F.cross_entropy, job.settings["steps"][method]
+        base, method, prune["sparsity"], batches, F.cross_entropy, job.settings["steps"][method]
     )
-    steps.now(f"{what}: choosing kernels, timing a training step")
-    cases = {}
-    fast, report = measuring.sparse_network(base, masks, batches[0], "training", job.watch)
-    cases["training"] = measuring.measure_case(
-        fast, report, batches[0], "training", baselines["training"], job.watch
+    prune_seconds = time.perf_counter() - began
+    steps.now(f"{what}: timing a training step")
+    fast, report = measuring.sparse_network(base, masks, first, "training", job.watch)
+    training_case = measuring.measure_case(
+        fast, report, first, "training", baselines["training"], job.watch
     )
-    job.fit(fast, name, steps, what)
+    train_seconds = job.fit(fast, name, steps, what)
     steps.now(f"{what}: timing inference")
     deployed, report = measuring.sparse_network(
-        finalize(fast), masks, batches[0], "inference", job.watch
+        finalize(fast), masks, first, "inference", job.watch
     )
-    cases["inference"] = measuring.measure_case(
-        deployed, report, batches[0], "inference", baselines["inference"], job.watch
+    inference_case = measuring.measure_case(
+        deployed, report, first, "inference", baselines["inference"], job.watch
     )
     return {
-        "method": method,
-        "sparsity": sparsity,
         "kept": masks.nnz(),
         "prunable": masks.numel(),
         # Of the network that was timed: sparse layers, BatchNorm folded.
         "accuracy": training.accuracy(deployed, job.test),
         "warnings": caught,
-        **{mode: case.to_dict() for mode, case in cases.items()},
+        "prune_seconds": prune_seconds,
+        "train_seconds": train_seconds,
+        "training": training_case.to_dict(),
+        "inference": inference_case.to_dict(),
     }

@@ -132,6 +132,8 @@ def best_dense(model: nn.Module, batch: Batch, mode: Mode, watch: Stopwatch) -> 
 class _TimesMask(nn.Module):
     """weight x mask, computed anew in each forward pass."""
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)

@@ -21,12 +21,13 @@ def _figure(rows: int, columns: int) -> Any:
     figure = importlib.import_module("matplotlib.figure").Figure(
         figsize=(4.3 * columns + 0.4, 3.3 * rows + 0.9), layout="constrained"
     )
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
 
 
 def _position(sparsity: float) -> float:
-    """Where a sparsity goes on the axis: logarithmic in density, so 90, 99, 99.9 % are equidistant."""
+    """Where a sparsity goes: logarithmic in density, so that 90, 99 and 99.9 % are equidistant."""
     return -math.log10(1 - sparsity)
 
 
@@ -64,14 +65,21 @@ def _lines(
                 color=_COLOURS[index % len(_COLOURS)],
                 marker=_MARKERS[index % len(_MARKERS)],
                 markersize=5,
+                markerfacecolor=_COLOURS[index % len(_COLOURS)] if style == "-" else "white",
                 linewidth=1.4,
                 alpha=0.9,
                 label=method + suffix,
             )
 
 
-def _level(ax: Any, height: float, label: str) -> None:
-    ax.axhline(height, color=_DENSE, linestyle="--", linewidth=1.2, label=label)
+def _level(ax: Any, height: float) -> None:
+    ax.axhline(height, color=_DENSE, linestyle="--", linewidth=1.2, label="dense")
+
+
+def _speedups_from_zero(ax: Any) -> None:
+    """The axis begins at 0, so that heights compare as the speedups do."""
+    _level(ax, 1.0)
+    ax.set_ylim(0, 1.08 * max(1.1, ax.dataLim.y1))
 
 
 def _legend(figure: Any) -> None:
@@ -91,10 +99,10 @@ def _legend(figure: Any) -> None:
 
 
 def _caption(machine: Mapping[str, Any]) -> str:
-    device = machine.get("gpu", machine["cpu"])
+    device, threads = machine.get("gpu", machine["cpu"]), machine["threads"]
     return (
-        f"{device}, {machine['threads']} threads, {machine['isa']}, {machine['dtype']}, "
-        f"fastprune {machine['fastprune']}, torch {machine['torch']}"
+        f"{device}, {threads} thread{'s' if threads > 1 else ''}, {machine['isa']}, "
+        f"{machine['dtype']}, fastprune {machine['fastprune']}, torch {machine['torch']}"
     )
 
 
@@ -122,14 +130,14 @@ def demo(document: Mapping[str, Any], path: Path) -> None:
         name, sparsities = network["model"], [r["sparsity"] for r in results]
         _axis(row[0], sparsities, f"{name}: accuracy", "test accuracy, %")
         _lines(row[0], results, methods, lambda r: 100 * float(r["accuracy"]))
-        _level(row[0], 100 * network["dense"]["accuracy"], "dense")
+        _level(row[0], 100 * network["dense"]["accuracy"])
         for ax, mode, title in (
             (row[1], "training", "training step"),
             (row[2], "inference", "inference batch"),
         ):
             _axis(ax, sparsities, f"{name}: {title}", "speedup over best dense")
             _lines(ax, results, methods, _in_mode(mode, "speedup"))
-            _level(ax, 1.0, "dense")
+            _speedups_from_zero(ax)
     figure.suptitle(_caption(document["machine"]), fontsize=9)
     _legend(figure)
     figure.savefig(path, dpi=130, format="png")
@@ -160,8 +168,7 @@ def bench(document: Mapping[str, Any], path: Path) -> None:
         )
         _lines(ax, results, settings["methods"], _in_mode(mode, "speedup"))
         _lines(ax, results, settings["methods"], masked(mode), ":", ", weight x mask")
-        _level(ax, 1.0, "dense")
-        ax.set_ylim(bottom=0)
+        _speedups_from_zero(ax)
     figure.suptitle(f"{_caption(document['machine'])}, batch {settings['batch']}", fontsize=8)
     _legend(figure)
     figure.savefig(path, dpi=130, format="png")

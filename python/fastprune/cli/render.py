@@ -78,10 +78,9 @@ class Steps:
             self._console.print(f"[{self._done:{width}}/{self._total}] {line}", soft_wrap=True)
 
 
-def percent(fraction: float, digits: int = 1) -> str:
-    """0.905 -> ``90.5 %``, without a fraction that is zero."""
-    text = f"{100 * fraction:.{digits}f}"
-    return f"{text.rstrip('0').rstrip('.') if digits > 1 else text} %"
+def percent(fraction: float) -> str:
+    """0.905 -> ``90.5 %``."""
+    return f"{100 * fraction:.1f} %"
 
 
 def sparsity(fraction: float) -> str:
@@ -131,7 +130,7 @@ def table(title: str, columns: Sequence[str], left: int = 1) -> Table:
 def notes(console: Console, lines: Iterable[str]) -> None:
     """Remarks under a table."""
     for line in lines:
-        console.print(f"  {line}", style="dim")
+        console.print(f"  {line}", style="dim", soft_wrap=True)
 
 
 def slowdowns(values: Sequence[float], what: str) -> str:

@@ -46,9 +46,9 @@ def demo_header(
 
 def demo_network(console: Console, network: Mapping[str, Any]) -> None:
     """One network's table: the dense row first, then every method."""
-    columns = ("method", "sparsity", "accuracy")
+    columns = ["method", "sparsity", "accuracy"]
     for unit in ("step", "batch"):
-        columns += (f"ms/{unit}\ndense", f"ms/{unit}\nsparse", f"{unit}\nspeedup")
+        columns += [f"ms/{unit}\ndense", f"ms/{unit}\nsparse", f"{unit}\nspeedup"]
     table = render.table(f"\n{network['model']}, {network['parameters']:,} parameters", columns)
     dense = network["dense"]
     row: list[Any] = ["dense", render.sparsity(0), render.percent(dense["accuracy"])]
@@ -93,7 +93,7 @@ def demo_notes(console: Console, document: Mapping[str, Any]) -> None:
     render.notes(
         console,
         [
-            f"accuracy: on the 500 test digits, after the same training for every row.",
+            "accuracy: on the 500 test digits, after the same training for every row.",
             f"step: one training step on {batch} digits: forward, loss, backward, SGD update.",
             f"batch: one inference pass over {batch} digits, BatchNorm folded.",
             "dense: the unpruned network in the fastest of its forms (contiguous or channels_last;",
@@ -128,9 +128,9 @@ def bench_mode(console: Console, document: Mapping[str, Any], mode: measuring.Mo
     console.print(table)
     speedups = [r[mode]["speedup"] for r in document["results"] if mode in r]
     tried = ", ".join(
-        f"{form} {render.milliseconds(t['median'])}" for form, t in dense["tried"].items()
+        f"{form} ({render.milliseconds(t['median'])})" for form, t in dense["tried"].items()
     )
-    lines = [f"dense: {dense['form']}, the fastest of: {tried} ms"]
+    lines = [f"dense: {dense['form']}; tried, in ms: {tried}"]
     render.notes(console, [*lines, render.slowdowns(speedups, "fastprune")] if speedups else lines)
 
 
@@ -139,13 +139,12 @@ def bench_layers(console: Console, result: Mapping[str, Any], mode: measuring.Mo
     table = render.table(
         f"\n{result['method']} at {render.sparsity(result['sparsity'])}, {MODE_TITLES[mode]}, "
         "by layer: milliseconds, median",
-        ("layer", "kind", "weight", "kept", "dense", "sparse", "speedup", "chosen"),
+        ("layer", "kind", "weight", "kept", "dense", "sparse", "speedup", "chosen", "why"),
         left=3,
     )
     for layer in result[mode]["report"]["layers"]:
         dense, sparse = layer["dense_ms"], layer["sparse_ms"]
         timed = dense is not None and sparse is not None
-        reason = f": {layer['reason']}" if layer["reason"] else ""
         table.add_row(
             layer["name"],
             layer["kind"],
@@ -154,9 +153,11 @@ def bench_layers(console: Console, result: Mapping[str, Any], mode: measuring.Mo
             render.milliseconds(dense / 1e3) if timed else "-",
             render.milliseconds(sparse / 1e3) if timed else "-",
             render.speedup(dense / sparse) if timed else "-",
-            f"{layer['chosen']}{reason}",
+            layer["chosen"],
+            layer["reason"],
         )
-    table.columns[-1].justify = "left"
+    for column in table.columns[-2:]:
+        column.justify = "left"
     console.print(table)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,15 +95,3 @@ def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
         right += int((model(x).argmax(1) == y).sum())
     model.train(training)
     return right / len(split)
-
-
-def with_weights_of(plain: nn.Module, trained: nn.Module) -> nn.Module:
-    """A copy of ``plain`` with the parameters and buffers that ``trained`` has under the same names.
-
-    Sparse layers keep the names of the dense ones and add a mask, so that the weights of a network
-    trained with sparse layers go back into the plain network.
-    """
-    result = copy.deepcopy(plain)
-    state = trained.state_dict()
-    result.load_state_dict({name: state[name] for name in result.state_dict()})
-    return result

@@ -120,7 +120,7 @@ def as_pattern(mask: Tensor | Pattern, weight: Tensor, groups: int = 1) -> Patte
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast floating arguments as autocast does for torch's own linear and convolution."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 
 
 def fuse_score(values: Tensor, other: Tensor | None, score: str) -> Tensor:
-    """The score of every weight, in float32 (float64 for float64 factors).
+    """The score of every weight, in float32 (float64 where a factor is float64).
 
     ``identity``: values; ``magnitude``: |values|; ``product``: values * other; ``saliency``:
     |values * other|; ``square``: values^2.
     """
-    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    doubles = values.dtype == torch.float64 or (other is not None and other.dtype == torch.float64)
+    wide = torch.float64 if doubles else torch.float32
     a = values.detach().to(wide)
     b = None if other is None else other.detach().to(wide)
     if score == "identity":
@@ -25,6 +27,11 @@ def fuse_score(values: Tensor, other: Tensor | None, score: str) -> Tensor:
         return a * a
     assert b is not None, score
     return (a * b).abs() if score == "saliency" else a * b
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """The tensor viewed as (size of dimension 0, everything else)."""
+    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
 def _keep(scores: Tensor, candidates: Tensor | None, k: int) -> Tensor:
@@ -65,7 +72,7 @@ def global_topk_mask(
     if scope == "neuron":
         masks, row = [], 0
         for i, s in enumerate(scores):
-            rows = s.reshape(s.shape[0], -1)
+            rows = rows_of(s)
             allowed = None if within is None else within[i].reshape(rows.shape)
             kept = [
                 _keep(r, None if allowed is None else allowed[j], counts[row + j])
@@ -76,11 +83,7 @@ def global_topk_mask(
         return masks
     if scope == "filter":
         norms = torch.cat([filter_norms(s) for s in scores])
-        alive = (
-            None
-            if within is None
-            else torch.cat([w.reshape(w.shape[0], -1).any(dim=1) for w in within])
-        )
+        alive = None if within is None else torch.cat([rows_of(w).any(dim=1) for w in within])
         keep = _keep(norms, alive, counts[0]).split([s.shape[0] for s in scores])
         return [
             m.view(-1, *[1] * (s.dim() - 1)).expand(s.shape).clone()
@@ -94,5 +97,17 @@ def global_topk_mask(
 
 
 def filter_norms(scores: Tensor) -> Tensor:
-    """l2 norm of the scores of every output filter (row of the tensor viewed as (out, -1)), float64."""
-    return scores.reshape(scores.shape[0], -1).double().square().sum(dim=1).sqrt()
+    """l2 norm of the scores of every filter (row of the tensor viewed as (out, -1)), in float64.
+
+    The order of the additions is part of the contract, so that every implementation ranks filters
+    alike: partial sum j takes the elements j, j + 16, j + 32, ... of the row in order; then the
+    upper half of the 16 sums is added to the lower, 8, 4, 2 and 1 at a time.
+    """
+    squares = rows_of(scores).double().square()
+    squares = torch.nn.functional.pad(squares, (0, -squares.shape[1] % 16))
+    sums = squares.new_zeros(squares.shape[0], 16)
+    for step in squares.split(16, dim=1) if squares.shape[1] > 0 else ():
+        sums = sums + step
+    for half in (8, 4, 2, 1):
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0].sqrt()

@@ -1,0 +1,51 @@
+# Every target works from a bare machine: python3 (3.10 or newer), make and a C++ compiler.
+#   make demo | test | bench | lint | clean
+
+PYTHON ?= python3
+VENV ?= .venv
+# Development and tests run on this release; the binary itself serves every torch from 2.11 on.
+TORCH ?= torch==2.13.0
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: demo test bench lint format build clean
+
+demo: build
+	$(PY) -m fastprune demo
+
+test: build
+	$(PY) -m pytest
+
+bench: build
+	$(PY) -m bench
+
+lint: $(VENV)/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+
+format: $(VENV)/.ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(VENV)/bin/clang-format -i
+
+build: $(VENV)/.built
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastprune needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install "$(TORCH)"
+	$(PIP) install --group run --group build --group test --group lint
+	@touch $@
+
+# Editable, in a build folder that is kept: after a change to one kernel this takes seconds.
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)
