@@ -157,7 +157,7 @@ def check(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_cases(dtype: torch.dtype) -> None:
-    @settings(max_examples=700)
+    @settings(max_examples=800)
     @given(cases(shape_lists, st.just(dtype)))
     def run(case: Case) -> None:
         check(case)
@@ -176,7 +176,7 @@ LARGE = st.sampled_from(
     [
         [(16385,)],
         [(70, 300), (1,), (0,), (30, 1111)],
-        [(32768,), (32769,), (63,)],
+        [(2, 16384), (1, 32769), (63,)],
         [(3, 66000), (17, 3)],
     ]
 )
@@ -258,12 +258,12 @@ def test_reads_nothing_past_the_end(isa: str, dtype: torch.dtype, n: int) -> Non
 
 
 def test_filter_norms_are_the_same_to_the_last_bit() -> None:
-    """Rows that differ in the order of their elements only: any other summation would differ."""
+    """Squares of half a unit in the last place of 1: each order of additions rounds otherwise."""
     g = torch.Generator().manual_seed(0)
     for cols in (1, 9, 16, 17, 100, 1023, 1025, 3000):
-        row = torch.randn(cols, generator=g, dtype=torch.float64)
-        rows = torch.stack([row[torch.randperm(cols, generator=g)] for _ in range(200)])
-        assert cols < 16 or filter_norms(rows).unique().numel() > 1
+        rows = torch.rand(200, cols, generator=g, dtype=torch.float64) * 2.0**-26
+        rows[torch.arange(200), torch.randint(cols, (200,), generator=g)] = 1
+        assert cols == 1 or filter_norms(rows).ne(rows.norm(dim=1)).any()
         right = fp.reference.global_topk_mask([rows], [77], "filter", "square", None, None)
         assert torch.equal(OP([rows], [], [], [77], "filter", "square")[0], right[0])
 
@@ -429,7 +429,6 @@ def test_bad_calls(kind: type[Exception], message: str, arguments: dict[str, Any
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("values: expected at least one", {"values": []}),
         (r"values\[0\]: .*Long", {"values": [torch.ones(3).long()]}),
         ("other: expected none", {"other": [torch.ones(3)]}),
         ("other: expected one tensor", {"score": "product"}),

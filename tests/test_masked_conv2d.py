@@ -112,6 +112,8 @@ def test_random_cases(isa: str, dtype: torch.dtype, shard: int) -> None:
 # maps, pointwise, strided, dilated, depthwise, many channels, a kernel beyond the strips' limit.
 LAYERS = [
     (1, 8, 8, 56, (3, 3), 1, 1, 1, 1),
+    (2, 30, 40, 53, (3, 3), 1, 1, 1, 1),
+    (2, 20, 300, 60, (3, 3), 1, 0, 1, 1),
     (2, 16, 24, 28, (3, 3), 1, 1, 1, 1),
     (5, 20, 16, 14, (3, 3), 1, 1, 1, 1),
     (9, 40, 33, 7, (3, 3), 1, 1, 1, 1),

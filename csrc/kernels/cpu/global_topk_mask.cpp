@@ -1,6 +1,7 @@
 #include "kernels/cpu/global_topk_mask.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/cpu/simd.h"
 
@@ -87,7 +88,16 @@ K fuse_keys(TopkScore score, const T* a, const T* b, int64_t n, K* keys) {
 template <typename S, typename T>
 const T* convert(const void* from, int64_t begin, int64_t n, T* buffer) {
   const S* p = static_cast<const S*>(from) + begin;
-  for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<T>(widen(p[i]));
+  int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<S, Float16> && std::is_same_v<T, float>) {
+    for (; i + 8 <= n; i += 8) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+      _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(halves));
+    }
+  }
+#endif
+  for (; i < n; ++i) buffer[i] = static_cast<T>(widen(p[i]));
   return buffer;
 }
 

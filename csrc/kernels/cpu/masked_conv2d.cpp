@@ -158,18 +158,33 @@ void write_strip(const MaskedConv2dArgs& a, const StripLayout& l, const Strip& s
   constexpr int64_t W = kLanes<T>;
   const ConvTarget& place = a.place;
   const int64_t count = end - begin, vectors = s.images * l.vectors;
+  const int64_t plane = place.height * place.width;
+  S* corner = static_cast<S*>(a.target) + (s.image * a.pattern.rows + begin) * plane +
+              (s.y * place.step_y + place.first_y) * place.width + place.first_x;
+  const int width = static_cast<int>(a.grid.width);
+  if (l.pitch == widest_tile<T>(vectors) * W) {
+    // One output row per tile: straight to its place.
+    for (int64_t v = 0; v < vectors; v += l.pitch / W) {
+      const int64_t image = v / l.vectors, y = v % l.vectors * W / l.pitch;
+      if (y >= s.rows) continue;  // the last strip of an image may be short
+      const T* from = memory.tile_rows + v * count * W;
+      S* to = corner + image * a.pattern.rows * plane + y * place.step_y * place.width;
+      for (int64_t r = 0; r < count; ++r, from += l.pitch, to += plane) {
+        copy_narrowed<S>(from, to, width, place.step_x);
+      }
+    }
+    return;
+  }
   for (int64_t r = 0; r < count; ++r) {
-    for_each_tile<T>(vectors, [&](int64_t v, int width) {
-      const T* from = memory.tile_rows + (v * count + r * width) * W;
-      for (int i = 0; i < width; ++i) store(memory.output + (v + i) * W, load(from + i * W));
+    for_each_tile<T>(vectors, [&](int64_t v, int tile) {
+      const T* from = memory.tile_rows + (v * count + r * tile) * W;
+      for (int i = 0; i < tile; ++i) store(memory.output + (v + i) * W, load(from + i * W));
     });
     for (int64_t i = 0; i < s.images; ++i) {
-      S* to = static_cast<S*>(a.target) +
-              ((s.image + i) * a.pattern.rows + begin + r) * place.height * place.width +
-              (s.y * place.step_y + place.first_y) * place.width + place.first_x;
+      S* to = corner + (i * a.pattern.rows + r) * plane;
       const T* from = memory.output + i * l.vectors * W;
       for (int64_t y = 0; y < s.rows; ++y) {
-        copy_narrowed<S>(from, to, static_cast<int>(a.grid.width), place.step_x);
+        copy_narrowed<S>(from, to, width, place.step_x);
         from += l.pitch;
         to += place.step_y * place.width;
       }

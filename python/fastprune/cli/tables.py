@@ -49,7 +49,9 @@ def demo_network(console: Console, network: Mapping[str, Any]) -> None:
     columns = ["method", "sparsity", "accuracy"]
     for unit in ("step", "batch"):
         columns += [f"ms/{unit}\ndense", f"ms/{unit}\nsparse", f"{unit}\nspeedup"]
-    table = render.table(f"\n{network['model']}, {network['parameters']:,} parameters", columns)
+    table = render.table(
+        f"\n{network['model']}, {network['parameters']:,} parameters", columns, ["method"], gap=0
+    )
     dense = network["dense"]
     row: list[Any] = ["dense", render.sparsity(0), render.percent(dense["accuracy"])]
     for mode in measuring.MODES:
@@ -109,9 +111,9 @@ def bench_mode(console: Console, document: Mapping[str, Any], mode: measuring.Mo
     settings = document["settings"]
     dense = document["dense"][mode]
     table = render.table(
-        f"\n{settings['model']}, {MODE_TITLES[mode]}, batch {settings['batch']}: milliseconds, "
-        "median (quartiles)",
+        f"\n{settings['model']}, {MODE_TITLES[mode]}, batch {settings['batch']}: milliseconds",
         ("method", "sparsity", "dense", "weight x mask", "fastprune", "speedup", "sparse\nlayers"),
+        ["method"],
     )
     for result in document["results"]:
         head = [result["method"], render.sparsity(result["sparsity"])]
@@ -140,13 +142,13 @@ def bench_layers(console: Console, result: Mapping[str, Any], mode: measuring.Mo
         f"\n{result['method']} at {render.sparsity(result['sparsity'])}, {MODE_TITLES[mode]}, "
         "by layer: milliseconds, median",
         ("layer", "kind", "weight", "kept", "dense", "sparse", "speedup", "chosen", "why"),
-        left=3,
+        ("layer", "why"),
     )
     for layer in result[mode]["report"]["layers"]:
         dense, sparse = layer["dense_ms"], layer["sparse_ms"]
         timed = dense is not None and sparse is not None
         table.add_row(
-            layer["name"],
+            layer["name"].removesuffix(".weight"),
             layer["kind"],
             "x".join(map(str, layer["shape"])),
             render.percent(layer["density"]),
@@ -156,8 +158,6 @@ def bench_layers(console: Console, result: Mapping[str, Any], mode: measuring.Mo
             layer["chosen"],
             layer["reason"],
         )
-    for column in table.columns[-2:]:
-        column.justify = "left"
     console.print(table)
 
 
@@ -167,7 +167,8 @@ def bench_notes(console: Console, document: Mapping[str, Any]) -> None:
     lines = [
         "dense: the unpruned network; weight x mask: the product computed in every forward pass,",
         "in the memory format that is fastest for dense; fastprune: fastprune.accelerate.",
-        "All three timed in turn. speedup: dense over fastprune.",
+        "All three timed in turn: median ± half the interquartile range. speedup: dense over",
+        "fastprune. sparse layers: those on sparse kernels; the others were faster dense.",
     ]
     if folds:
         lines.append("forward pass: evaluation mode; fastprune folds BatchNorm, and so may dense.")

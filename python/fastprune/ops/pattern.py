@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Activations of one block of columns stay in a 32 KB cache at 128 columns of 64 floats. Sparser
-# rows take wider blocks, so that a row still finds about 13 entries in each.
+# Activations of one block of columns take 32 KB at 128 columns of 64 floats, and stay in the L1
+# cache. Sparser rows take wider blocks, so that a row still finds about 16 entries in each.
 _BLOCK_COLS = (128, 1024)
-_ENTRIES_PER_BLOCK = 12.8
+_ENTRIES_PER_BLOCK = 16
 _MAX_BLOCK_COLS = 32767
 
 
