@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import fastprune as fp
 import pytest
 import torch
+
+import fastprune as fp
 
 SHAPES = [(1, 64, 64), (32, 300, 100)]
 

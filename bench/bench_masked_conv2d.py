@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import fastprune as fp
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastprune as fp
 from bench.cases import CONV, SPARSITIES, Conv
 from bench.harness import Row, time_all
 
@@ -40,9 +40,7 @@ def _case(
     geometry = ([stride] * 2, [padding] * 2, [1, 1], 1)
     ops = torch.ops.fastprune
 
-    def backward(
-        grad: Tensor, x: Tensor, w: Tensor, wanted: list[bool]
-    ) -> Callable[[], object]:
+    def backward(grad: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Callable[[], object]:
         return lambda: torch.ops.aten.convolution_backward(
             grad, x, w, None, *geometry[:3], False, [0, 0], 1, wanted
         )

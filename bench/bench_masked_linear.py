@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-import fastprune as fp
 import scipy.sparse
 import torch
 import torch.nn.functional as F
 
+import fastprune as fp
 from bench.cases import LINEAR, SPARSITIES, Linear
 from bench.harness import Row, time_all
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import fastprune as fp
 import torch
-from fastprune.timing import Timing, measure
 from rich.console import Console
 from rich.table import Table
+
+import fastprune as fp
+from fastprune.timing import Timing, measure
 
 
 @dataclass
@@ -48,9 +49,7 @@ def as_times(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
     return {name: t.to_dict() for name, t in timings.items()}
 
 
-def time_all(
-    fns: dict[str, Callable[[], object]], min_time: float
-) -> dict[str, dict[str, float]]:
+def time_all(fns: dict[str, Callable[[], object]], min_time: float) -> dict[str, dict[str, float]]:
     with torch.inference_mode():
         return as_times(measure(fns, min_time=min_time))
 

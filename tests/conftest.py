@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import fastprune
 import pytest
 import torch
 from hypothesis import settings
+
+import fastprune
 
 settings.register_profile("fastprune", deadline=None, print_blob=True)
 settings.load_profile("fastprune")

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastprune as fp
 import pytest
 import torch
+
+import fastprune as fp
 
 ROOT = Path(__file__).resolve().parent.parent
 STEMS = ["masked_linear", "masked_conv2d", "global_topk_mask"]

@@ -6,10 +6,11 @@ import copy
 import json
 from collections.abc import Callable
 
-import fastprune as fp
 import pytest
 import torch
 from torch import Tensor, nn
+
+import fastprune as fp
 
 
 class Residual(nn.Module):
@@ -83,9 +84,7 @@ def force(sparse: bool) -> Callable[..., dict[str, fp.timing.Timing]]:
         for fn in fns.values():
             fn()
         slow = [k for k in fns if (k in ("sparse", "fast")) != sparse]
-        return {
-            k: fp.timing.Timing(2.0 if k in slow else 1.0, 1.0, 2.0, 1) for k in fns
-        }
+        return {k: fp.timing.Timing(2.0 if k in slow else 1.0, 1.0, 2.0, 1) for k in fns}
 
     return measure
 

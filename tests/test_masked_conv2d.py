@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import fastprune as fp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import fastprune as fp
 from oracle import DTYPES, assert_within, columns, conv_exact, guarded, integers, wide
 from test_masked_linear import pick, random_mask, strided
-from torch import Tensor
 
 OPS = torch.ops.fastprune
 CASES_PER_CALL = 250  # of each dtype and ISA; four shards make 1,000
@@ -23,7 +24,9 @@ def random_geometry(g: torch.Generator) -> dict[str, Any]:
     dilation = (pick([1, 1, 1, 2], g), pick([1, 1, 1, 2, 3], g))
     padding = (pick([0, 1, 1, 2, 3], g), pick([0, 1, 1, 2, 4], g))
     stride = (pick([1, 1, 1, 2, 3], g), pick([1, 1, 1, 2, 3], g))
-    least = [max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    least = [
+        max(1, d * (k - 1) + 1 - 2 * p) for k, d, p in zip(kernel, dilation, padding, strict=True)
+    ]
     size = tuple(low + pick([0, 1, 2, 3, 4, 6, 7, 9, 14, 19, 33], g) for low in least)
     groups = pick([1, 1, 1, 2, 3, 4], g)
     depth, rows = pick([1, 2, 3, 5, 9, 16], g), pick([1, 1, 2, 3, 8, 17], g)
@@ -162,9 +165,7 @@ def test_integers_are_exact(isa: str, dtype: torch.dtype, layer: tuple[Any, ...]
 
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_reads_nothing_outside_its_buffers(
-    isa: str, layer: tuple[Any, ...], at_end: bool
-) -> None:
+def test_reads_nothing_outside_its_buffers(isa: str, layer: tuple[Any, ...], at_end: bool) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x, weight, mask, geometry, groups, g = layer_case(layer, dtype, 1)
         two = {name: (value, value) for name, value in geometry.items()}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fastprune as fp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import DTYPES, assert_within, guarded, integers, linear_exact, wide
 from torch import Tensor
+
+import fastprune as fp
+from oracle import DTYPES, assert_within, guarded, integers, linear_exact, wide
 
 OPS = torch.ops.fastprune
 SIZES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 47, 63, 64, 65, 101, 129, 150]
@@ -95,7 +96,9 @@ def test_integers_are_exact(isa: str, dtype: torch.dtype) -> None:
         mask = torch.rand(out, cols, generator=g) < 0.4
         x, weight = integers((batch, cols), dtype, g), integers((out, cols), dtype, g)
         y = fp.masked_linear(x, weight, mask)
-        assert torch.equal(y, fp.reference.masked_linear(x.double(), weight.double(), mask).to(dtype))
+        assert torch.equal(
+            y, fp.reference.masked_linear(x.double(), weight.double(), mask).to(dtype)
+        )
         assert y.count_nonzero() > y.numel() // 3
 
 
@@ -199,9 +202,7 @@ def test_opcheck(bias: bool) -> None:
     for dense in (False, True):
         torch.library.opcheck(OPS.masked_linear.default, (x, w, b, *pattern[:6], dense))
     grad = torch.randn(3, 6)
-    torch.library.opcheck(
-        OPS.masked_linear_input_grad.default, (grad, w.detach(), *pattern[:6])
-    )
+    torch.library.opcheck(OPS.masked_linear_input_grad.default, (grad, w.detach(), *pattern[:6]))
     torch.library.opcheck(
         OPS.masked_linear_weight_grad.default, (grad, x.detach(), *pattern[:2], pattern[4])
     )

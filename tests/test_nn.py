@@ -6,13 +6,14 @@ import copy
 import io
 from pathlib import Path
 
-import fastprune as fp
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+
+import fastprune as fp
 
 
 def mask_like(t: Tensor, density: float = 0.3, seed: int = 0) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fastprune as fp
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+import fastprune as fp
 
 OPS = torch.ops.fastprune
 

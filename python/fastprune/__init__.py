@@ -10,7 +10,7 @@ _C = _extension.load()
 
 from fastprune import data, models, nn, ops, reference, timing  # noqa: E402
 from fastprune.build import build_info  # noqa: E402
-from fastprune.convert import Report, accelerate, finalize  # noqa: E402
+from fastprune.convert import accelerate, finalize  # noqa: E402
 from fastprune.masks import Masks  # noqa: E402
 from fastprune.ops import (  # noqa: E402
     Pattern,
@@ -20,10 +20,12 @@ from fastprune.ops import (  # noqa: E402
     pack,
 )
 from fastprune.pruners import Pruner, prune, score  # noqa: E402
+from fastprune.report import LayerReport, Report  # noqa: E402
 
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
+    "LayerReport",
     "Masks",
     "Pattern",
     "Pruner",

@@ -71,14 +71,12 @@ def accelerate(
         folded = folding.fold_batchnorm_(dense)
     fast = copy.deepcopy(dense)
     owners = {name: owner for name, owner in weights.items() if _supported(model, owner)}
-    inputs = _record_inputs(dense, {owner for owner in owners.values()}, arguments, training)
+    inputs = _record_inputs(dense, set(owners.values()), arguments, training)
     layers, used = [], set()
     for name, owner in weights.items():
         if name not in owners:
             kind = type(model.get_submodule(owner)).__name__
-            layers.append(
-                LayerReport.kept(name, kind, masks[name], f"no sparse kernel for {kind}")
-            )
+            layers.append(LayerReport.kept(name, kind, masks[name], f"no sparse kernel for {kind}"))
             continue
         layer = dense.get_submodule(owner)
         if id(layer) in used:
@@ -116,7 +114,7 @@ def _plain(layer: MaskedLayer) -> nn.Module:
     for key, value in layer.__dict__.items():
         if key not in internal and key not in hidden:
             setattr(plain, key, value)
-    plain.weight = layer.weight  # type: ignore[assignment]
+    plain.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
     plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
     plain.train(layer.training)
     return plain

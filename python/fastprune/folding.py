@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from fastprune.nn import MaskedConv2d, MaskedLinear
-
-_FOLDABLE = (nn.Conv2d, nn.Linear, MaskedConv2d, MaskedLinear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def fold_batchnorm_(model: nn.Module) -> int:
@@ -27,10 +27,13 @@ def fold_batchnorm_(model: nn.Module) -> int:
     folded = 0
     for first, second in _pairs(model):
         layer, norm = model.get_submodule(first), model.get_submodule(second)
-        if type(layer) not in _FOLDABLE or type(norm) not in _NORMS:
+        # Exact types: a subclass may compute something else.
+        linear = type(layer) in (nn.Linear, MaskedLinear) and type(norm) is nn.BatchNorm1d
+        conv = type(layer) in (nn.Conv2d, MaskedConv2d) and type(norm) is nn.BatchNorm2d
+        if not linear and not conv:
             continue
-        if isinstance(norm, nn.BatchNorm1d) != isinstance(layer, nn.Linear):
-            continue
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
         if norm.running_mean is None or norm.running_var is None:
             continue
         _fold_pair_(layer, norm)
@@ -40,12 +43,14 @@ def fold_batchnorm_(model: nn.Module) -> int:
     return folded
 
 
-def _fold_pair_(layer: nn.Module, norm: nn.Module) -> None:
-    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+def _fold_pair_(layer: nn.Linear | nn.Conv2d, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
     fuse = fuse_linear_bn_weights if isinstance(layer, nn.Linear) else fuse_conv_bn_weights
-    weight, bias = fuse(layer.weight, layer.bias, *statistics)  # type: ignore[operator]
+    weight, bias = fuse(layer.weight, layer.bias, mean, var, norm.eps, norm.weight, norm.bias)
     with torch.no_grad():
-        layer.weight.copy_(weight)  # type: ignore[operator]
+        layer.weight.copy_(weight)
     layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=weight.requires_grad)
 
 
@@ -55,30 +60,27 @@ def _pairs(model: nn.Module) -> list[tuple[str, str]]:
         graph = fx.Tracer().trace(model)
     except Exception:  # tracing fails in as many ways as models are written
         return _sequential_pairs(model)
-    calls: dict[str, int] = {}
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    pairs: list[tuple[str, str]] = []
     for node in graph.nodes:
-        if node.op == "call_module":
-            calls[node.target] = calls.get(node.target, 0) + 1
-    pairs = []
-    for node in graph.nodes:
-        if node.op != "call_module" or calls[node.target] != 1:
+        if node.op != "call_module" or calls[str(node.target)] != 1:
             continue
         source = node.args[0] if node.args else None
         if (
             isinstance(source, fx.Node)
             and source.op == "call_module"
-            and calls[source.target] == 1
+            and calls[str(source.target)] == 1
             and len(source.users) == 1
         ):
-            pairs.append((source.target, node.target))
+            pairs.append((str(source.target), str(node.target)))
     return pairs
 
 
 def _sequential_pairs(model: nn.Module) -> list[tuple[str, str]]:
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential):
             prefix = f"{name}." if name else ""
             children = [prefix + child for child, _ in module.named_children()]
-            pairs += list(zip(children, children[1:], strict=False))
+            pairs += itertools.pairwise(children)
     return pairs

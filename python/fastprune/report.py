@@ -40,9 +40,7 @@ class LayerReport:
     ) -> LayerReport:
         """A layer that stays dense."""
         density = float(mask.float().mean()) if mask.numel() else 0.0
-        return cls(
-            name, kind, tuple(mask.shape), input_shape, density, None, None, "dense", reason
-        )
+        return cls(name, kind, tuple(mask.shape), input_shape, density, None, None, "dense", reason)
 
     @property
     def speedup(self) -> float | None:

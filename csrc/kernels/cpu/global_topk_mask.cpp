@@ -1,348 +1,11 @@
 #include "kernels/cpu/global_topk_mask.h"
 
 #include <cstring>
-#include <type_traits>
 
-#include "kernels/cpu/simd.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "kernels/cpu/topk_keys.h"
 
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
-
-constexpr int64_t kBlock = 1024;        // elements whose keys are in flight; a multiple of 64
-constexpr int64_t kBisectable = 32768;  // fewer keys are sooner counted a few times than binned
-
-template <typename K>
-struct KeyTraits;
-template <>
-struct KeyTraits<int32_t> {
-  using Unsigned = uint32_t;
-  using Score = float;
-  static constexpr int32_t lowest = INT32_MIN, highest = INT32_MAX, infinity = 0x7f800000;
-};
-template <>
-struct KeyTraits<int64_t> {
-  using Unsigned = uint64_t;
-  using Score = double;
-  static constexpr int64_t lowest = INT64_MIN, highest = INT64_MAX;
-  static constexpr int64_t infinity = 0x7ff0000000000000;
-};
-template <typename K>
-using Unsigned = typename KeyTraits<K>::Unsigned;
-
-// ---- Scores and keys, a block at a time --------------------------------------------------------
-
-template <TopkScore S, typename T>
-inline T fuse(T a, T b) {
-  if constexpr (S == TopkScore::product || S == TopkScore::saliency) return a * b;
-  if constexpr (S == TopkScore::square) return a * a;
-  return a;
-}
-
-template <TopkScore S>
-constexpr bool kSigned = S == TopkScore::identity || S == TopkScore::product;
-
-// T is the type that scores are computed in; keys may be wider. Returns the largest key.
-template <TopkScore S, typename T, typename K>
-K fuse_keys(const T* a, const T* b, int64_t n, K* keys) {
-  using Traits = KeyTraits<K>;
-  K largest = Traits::lowest;
-  for (int64_t i = 0; i < n; ++i) {
-    const typename Traits::Score score = fuse<S>(a[i], b[i]);
-    K key;
-    std::memcpy(&key, &score, sizeof(K));
-    if constexpr (kSigned<S>) {
-      const K sign = key >> (8 * sizeof(K) - 1);
-      const bool nan = (key & Traits::highest) > Traits::infinity;
-      key ^= sign & Traits::highest;
-      key += key == -1 ? 1 : 0;  // only -0 maps to -1
-      key = nan ? Traits::highest : key;
-    } else {
-      key &= Traits::highest;
-    }
-    keys[i] = key;
-    largest = key > largest ? key : largest;
-  }
-  return largest;
-}
-
-template <typename T, typename K>
-K fuse_keys(TopkScore score, const T* a, const T* b, int64_t n, K* keys) {
-  switch (score) {
-    case TopkScore::identity:
-      return fuse_keys<TopkScore::identity>(a, a, n, keys);
-    case TopkScore::magnitude:
-      return fuse_keys<TopkScore::magnitude>(a, a, n, keys);
-    case TopkScore::product:
-      return fuse_keys<TopkScore::product>(a, b, n, keys);
-    case TopkScore::saliency:
-      return fuse_keys<TopkScore::saliency>(a, b, n, keys);
-    default:
-      return fuse_keys<TopkScore::square>(a, a, n, keys);
-  }
-}
-
-template <typename S, typename T>
-const T* convert(const void* from, int64_t begin, int64_t n, T* buffer) {
-  const S* p = static_cast<const S*>(from) + begin;
-  int64_t i = 0;
-#if defined(__F16C__)
-  if constexpr (std::is_same_v<S, Float16> && std::is_same_v<T, float>) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
-      _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(halves));
-    }
-  }
-#endif
-  for (; i < n; ++i) buffer[i] = static_cast<T>(widen(p[i]));
-  return buffer;
-}
-
-// Elements [begin, begin + n) as T: in place where they are stored so, else through the buffer.
-template <typename T>
-const T* as_scores(DType dtype, const void* from, int64_t begin, int64_t n, T* buffer) {
-  switch (dtype) {
-    case DType::f32:
-      if constexpr (sizeof(T) == 4) return static_cast<const T*>(from) + begin;
-      return convert<float>(from, begin, n, buffer);
-    case DType::f64:
-      if constexpr (sizeof(T) == 8) return static_cast<const T*>(from) + begin;
-      return buffer;  // not reached: float64 factors are computed in double
-    case DType::bf16:
-      return convert<BFloat16>(from, begin, n, buffer);
-    default:
-      return convert<Float16>(from, begin, n, buffer);
-  }
-}
-
-inline bool is_double(const TopkTensor& t) {
-  return t.dtype == DType::f64 || (t.other != nullptr && t.other_dtype == DType::f64);
-}
-
-template <typename T, typename K>
-K keys_through(TopkScore score, const TopkTensor& t, int64_t begin, int64_t n, K* keys) {
-  alignas(64) T buffer_a[kBlock], buffer_b[kBlock];
-  const T* a = as_scores<T>(t.dtype, t.values, begin, n, buffer_a);
-  const T* b = t.other == nullptr ? a : as_scores<T>(t.other_dtype, t.other, begin, n, buffer_b);
-  return fuse_keys(score, a, b, n, keys);
-}
-
-template <typename K>
-void restrict_keys(const uint8_t* __restrict within, int64_t n, K* __restrict keys) {
-  for (int64_t i = 0; i < n; ++i) {
-    const K keep = -static_cast<K>(within[i] != 0);  // all ones, or none
-    keys[i] = (keys[i] & keep) | (KeyTraits<K>::lowest & ~keep);
-  }
-}
-
-template <typename K>
-K largest_key(const K* keys, int64_t n) {
-  K largest = KeyTraits<K>::lowest;
-  for (int64_t i = 0; i < n; ++i) largest = keys[i] > largest ? keys[i] : largest;
-  return largest;
-}
-
-// Keys of n <= kBlock elements, padded with the lowest key to a multiple of 64. True: one is NaN.
-template <typename K>
-bool make_keys(TopkScore score, const TopkTensor& t, int64_t begin, int64_t n, K* keys) {
-  using Traits = KeyTraits<K>;
-  K largest;
-  if constexpr (sizeof(K) == 8) {
-    largest = is_double(t) ? keys_through<double>(score, t, begin, n, keys)
-                           : keys_through<float>(score, t, begin, n, keys);
-  } else {
-    largest = keys_through<float>(score, t, begin, n, keys);
-  }
-  for (int64_t i = n; i % 64 != 0; ++i) keys[i] = Traits::lowest;
-  if (t.within == nullptr) return largest > Traits::infinity;
-  restrict_keys(t.within + begin, n, keys);
-  return largest > Traits::infinity && largest_key(keys, n) > Traits::infinity;
-}
-
-// ---- 64 keys at a time --------------------------------------------------------------------------
-
-// Bit i of the result: keys[i] > bound.
-inline uint64_t greater_bits(const int32_t* keys, int32_t bound) {
-  uint64_t bits = 0;
-#if defined(__AVX512F__)
-  const __m512i limit = _mm512_set1_epi32(bound);
-  for (int i = 0; i < 4; ++i) {
-    const uint64_t part = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(keys + 16 * i), limit);
-    bits |= part << (16 * i);
-  }
-#elif defined(__AVX2__)
-  const __m256i limit = _mm256_set1_epi32(bound);
-  for (int i = 0; i < 8; ++i) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + 8 * i));
-    const int part = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(v, limit)));
-    bits |= static_cast<uint64_t>(part) << (8 * i);
-  }
-#elif defined(__SSE2__)
-  const __m128i limit = _mm_set1_epi32(bound);
-  for (int i = 0; i < 16; ++i) {
-    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(keys + 4 * i));
-    const int part = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpgt_epi32(v, limit)));
-    bits |= static_cast<uint64_t>(part) << (4 * i);
-  }
-#else
-  for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(keys[i] > bound) << i;
-#endif
-  return bits;
-}
-
-inline uint64_t greater_bits(const int64_t* keys, int64_t bound) {
-  uint64_t bits = 0;
-#if defined(__AVX512F__)
-  const __m512i limit = _mm512_set1_epi64(bound);
-  for (int i = 0; i < 8; ++i) {
-    const uint64_t part = _mm512_cmpgt_epi64_mask(_mm512_loadu_si512(keys + 8 * i), limit);
-    bits |= part << (8 * i);
-  }
-#elif defined(__AVX2__)
-  const __m256i limit = _mm256_set1_epi64x(bound);
-  for (int i = 0; i < 16; ++i) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + 4 * i));
-    const int part = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(v, limit)));
-    bits |= static_cast<uint64_t>(part) << (4 * i);
-  }
-#else
-  for (int i = 0; i < 64; ++i) bits |= static_cast<uint64_t>(keys[i] > bound) << i;
-#endif
-  return bits;
-}
-
-// mask[i] = bit i, for n <= 64 elements.
-inline void write_bits(uint64_t bits, int64_t n, uint8_t* mask) {
-  if (n == 64) {
-#if defined(__AVX512BW__)
-    _mm512_storeu_si512(mask, _mm512_maskz_set1_epi8(bits, 1));
-#else
-    for (int byte = 0; byte < 8; ++byte) {
-      // Eight copies of the byte, bit i kept in copy i, then any nonzero byte made 1.
-      uint64_t x = ((bits >> (8 * byte)) & 0xff) * 0x0101010101010101u & 0x8040201008040201u;
-      x = ((x + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
-      std::memcpy(mask + 8 * byte, &x, 8);  // byte i is element i: little-endian, checked below
-    }
-#endif
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) mask[i] = static_cast<uint8_t>((bits >> i) & 1);
-}
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "write_bits stores words");
-
-// ---- Ranking keys in memory --------------------------------------------------------------------
-
-// Whole vectors: the keys are padded with the lowest to a multiple of 64.
-template <typename K>
-inline int64_t count_greater(const K* keys, int64_t n, K bound) {
-  constexpr int kStep = kLanes<K>;
-  const Vec<K> limit = broadcast(bound);
-  Vec<K> even{}, odd{};  // a lane that is greater counts -1
-  for (int64_t i = 0; i < n; i += 2 * kStep) {
-    even += load(keys + i) > limit;
-    odd += load(keys + i + kStep) > limit;
-  }
-  int64_t count = 0;
-  for (int j = 0; j < kStep; ++j) count -= static_cast<int64_t>(even[j]) + odd[j];
-  return count;
-}
-
-template <typename K>
-inline K least_greater(const K* keys, int64_t n, K bound) {
-  constexpr int kStep = kLanes<K>;
-  const Vec<K> limit = broadcast(bound), none = broadcast(KeyTraits<K>::highest);
-  Vec<K> least = none;
-  for (int64_t i = 0; i < n; i += kStep) {
-    const Vec<K> v = load(keys + i);
-    const Vec<K> greater = v > limit ? v : none;
-    least = greater < least ? greater : least;
-  }
-  K result = least[0];
-  for (int j = 1; j < kStep; ++j) result = least[j] < result ? least[j] : result;
-  return result;
-}
-
-template <typename K>
-inline void pad(K* keys, int64_t n) {
-  for (int64_t i = n; i % 64 != 0; ++i) keys[i] = KeyTraits<K>::lowest;
-}
-
-// Two histograms of alternate elements, so that a massed key does not wait for its own last store.
-template <typename K>
-void add_to_bins(const K* keys, int64_t n, K lo, K hi, int64_t (*bins)[kTopkBins + 1]) {
-  using U = Unsigned<K>;
-  const int shift = topk_shift(lo, hi);
-  const U range = static_cast<U>(hi) - static_cast<U>(lo);
-  for (int64_t i = 0; i < n; ++i) {
-    const U offset = static_cast<U>(keys[i]) - static_cast<U>(lo);
-    const U bin = offset > range ? static_cast<U>(kTopkBins) : offset >> shift;  // outside: a dump
-    ++bins[i & 1][bin];
-  }
-}
-
-template <typename K>
-TopkThreshold select_key(K* keys, int64_t n, int64_t rank, K* scratch) {
-  using U = Unsigned<K>;
-  pad(keys, n);
-  K lo = KeyTraits<K>::highest, hi = KeyTraits<K>::lowest;
-  for (int64_t i = 0; i < n; ++i) {
-    lo = keys[i] < lo ? keys[i] : lo;
-    hi = keys[i] > hi ? keys[i] : hi;
-  }
-  // The rank-th largest lies in [lo, hi]: `above` keys are over hi, of which `dropped` are no
-  // longer among keys[0, n), and `inside` are in the range.
-  int64_t above = 0, dropped = 0, inside = n;
-  while (lo < hi && n > kBisectable) {
-    int64_t bins[2][kTopkBins + 1] = {};
-    add_to_bins(keys, n, lo, hi, bins);
-    for (int64_t b = 0; b < kTopkBins; ++b) bins[0][b] += bins[1][b];
-    int64_t first = lo, last = hi;
-    inside = topk_narrow(bins[0], rank, first, last, above);
-    lo = static_cast<K>(first);
-    hi = static_cast<K>(last);
-    if (inside > n / 2) continue;
-    int64_t kept = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      scratch[kept] = keys[i];
-      kept += keys[i] >= lo && keys[i] <= hi ? 1 : 0;
-    }
-    keys = scratch;
-    n = kept;
-    dropped = above;
-    pad(keys, n);
-  }
-  // Counting narrows the rest. Interpolated bounds close in fast where keys spread evenly; every
-  // other bound halves the range, whatever the keys.
-  for (bool halve = false; lo < hi; halve = !halve) {
-    const U range = static_cast<U>(hi) - static_cast<U>(lo);
-    U step = range / 2;
-    if (!halve) {
-      const double share = static_cast<double>(above + inside - rank) / static_cast<double>(inside);
-      step = static_cast<U>(share * static_cast<double>(range));
-      step = step < range ? step : range - 1;
-    }
-    const K mid = static_cast<K>(static_cast<U>(lo) + step);
-    const int64_t over = dropped + count_greater(keys, n, mid);
-    if (over == rank) {  // the least key over mid is the one: no need to close in on it
-      lo = hi = least_greater(keys, n, mid);
-      above = dropped + count_greater(keys, n, lo);
-      inside = rank - above;
-    } else if (over > rank) {
-      inside = over - above;
-      lo = static_cast<K>(mid + 1);
-    } else {
-      inside -= over - above;
-      above = over;
-      hi = mid;
-    }
-  }
-  return {lo, above, inside};  // lo == hi
-}
-
-// ---- The passes --------------------------------------------------------------------------------
 
 template <typename K, typename F>
 inline void for_each_block(const TopkProblem& problem, const TopkSpan& span, F f) {
@@ -427,8 +90,8 @@ void settle_ties(const TopkProblem& problem, const TopkSpan& span, K key, int64_
   uint8_t* mask = problem.tensors[span.tensor].mask;
   for_each_block<K>(problem, span, [&](const K* keys, int64_t at, int64_t n, bool) {
     for (int64_t i = 0; i < n; i += 64) {
-      const uint64_t equal = greater_bits(keys + i, static_cast<K>(key - 1)) &
-                             ~greater_bits(keys + i, key);
+      const uint64_t equal =
+          greater_bits(keys + i, static_cast<K>(key - 1)) & ~greater_bits(keys + i, key);
       if (equal == 0) continue;
       uint64_t kept = equal;
       int64_t surplus = __builtin_popcountll(equal) - ties;
@@ -611,10 +274,9 @@ int64_t topk_count(const uint8_t* within, int64_t n) {
 
 int64_t topk_sample(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
                     int64_t elements, int64_t wanted, void* keys) {
-  return problem.wide ? sample(problem, chunks, n_chunks, elements, wanted,
-                               static_cast<int64_t*>(keys))
-                      : sample(problem, chunks, n_chunks, elements, wanted,
-                               static_cast<int32_t*>(keys));
+  return problem.wide
+             ? sample(problem, chunks, n_chunks, elements, wanted, static_cast<int64_t*>(keys))
+             : sample(problem, chunks, n_chunks, elements, wanted, static_cast<int32_t*>(keys));
 }
 
 TopkThreshold topk_select(bool wide, void* keys, int64_t n, int64_t rank, void* scratch) {
@@ -631,8 +293,8 @@ void topk_filter(const TopkProblem& problem, TopkChunk* chunks, int64_t begin, i
   }
 }
 
-void topk_histogram(const TopkProblem& problem, const TopkChunk* chunks, int64_t begin,
-                    int64_t end, int64_t lo, int64_t hi, int64_t* out) {
+void topk_histogram(const TopkProblem& problem, const TopkChunk* chunks, int64_t begin, int64_t end,
+                    int64_t lo, int64_t hi, int64_t* out) {
   int64_t bins[2][kTopkBins + 1] = {};
   for (int64_t c = begin; c < end; ++c) {
     problem.wide ? histogram<int64_t>(problem, chunks[c].span, lo, hi, bins)

@@ -165,6 +165,7 @@ void scatter(const PatternView& p, const Accumulator<S>* values, S* grad, int64_
              int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     S* row = grad + r * p.cols();
+    if (p.cols() == 0) continue;  // there is no memory behind the row
     std::memset(row, 0, sizeof(S) * static_cast<size_t>(p.cols()));
     for (int64_t b = 0; b < p.blocks(); ++b) {
       S* g = row + b * p.block_cols();

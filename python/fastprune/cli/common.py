@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -183,9 +184,21 @@ def writable(path: Path) -> Path:
     return path
 
 
+def _finite(value: Any) -> Any:
+    """``value`` with None in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON file: the old content or the whole new one, whatever happens on the way."""
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    """Write a JSON file: the old content or the whole new one, whatever happens on the way.
+
+    NaN and infinities become null.
+    """
+    text = json.dumps(_finite(document), indent=2, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", text=True)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:

@@ -67,8 +67,9 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in, height, width) -> (batch, out, out height, out width)."""
         if not self.sparse:
-            return self._conv_forward(x, self._dense_weight(), self.bias)
-        x, weight, bias = autocast(x, self.weight, self.bias)  # type: ignore[assignment]
+            y: Tensor = self._conv_forward(x, self._dense_weight(), self.bias)
+            return y
+        x, weight, bias = autocast(x, self.weight, self.bias)
         check_operands("masked_conv2d", x, weight, bias)
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(

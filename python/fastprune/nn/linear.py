@@ -47,7 +47,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         """(..., in) -> (..., out)."""
         if not self.sparse:
             return F.linear(x, self._dense_weight(), self.bias)
-        x, weight, bias = autocast(x, self.weight, self.bias)  # type: ignore[assignment]
+        x, weight, bias = autocast(x, self.weight, self.bias)
         check_operands("masked_linear", x, weight, bias)
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(

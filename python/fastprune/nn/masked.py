@@ -25,15 +25,13 @@ class MaskedLayer(nn.Module):
     (dynamic pruning).
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     weight_mask: Tensor
     weight_grad: WeightGrad
     sparse: bool
     _pattern: Pattern
 
-    def _adopt(
-        self, layer: nn.Module, mask: Tensor, weight_grad: WeightGrad, sparse: bool
-    ) -> None:
+    def _adopt(self, layer: nn.Module, mask: Tensor, weight_grad: WeightGrad, sparse: bool) -> None:
         """Take over the parameters of a dense layer; called by the subclasses' constructors."""
         if weight_grad not in ("sampled", "dense"):
             raise ValueError(f"weight_grad: expected 'sampled' or 'dense', got {weight_grad!r}")
@@ -43,7 +41,7 @@ class MaskedLayer(nn.Module):
                 "torch.nn.utils; remove that first"
             )
         weight, bias = layer.weight, layer.bias
-        self.weight = weight  # type: ignore[assignment]
+        self.register_parameter("weight", weight)  # type: ignore[arg-type]
         self.register_parameter("bias", bias)  # type: ignore[arg-type]
         self.weight_grad = weight_grad
         self.sparse = sparse
@@ -158,5 +156,5 @@ class _PrunedWithDenseGrad(torch.autograd.Function):
         return torch.where(mask, weight, torch.zeros_like(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None

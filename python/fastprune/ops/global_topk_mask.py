@@ -69,7 +69,7 @@ def global_topk_mask(
             seen as (size of dimension 0, everything else). ``filter``: whole rows, those of all
             tensors together, ranked by the l2 norm of their scores (computed in float64, added up
             in the order that :func:`fastprune.reference.global_topk_mask.filter_norms` defines);
-            a kept row is True throughout.
+            a kept row is True throughout (within ``within``).
         score: what is computed on the fly from v in ``scores`` and u in ``other``: ``identity`` v,
             ``magnitude`` abs(v), ``product`` v * u, ``saliency`` abs(v * u), ``square`` v^2. In
             float32, or in float64 where a factor is float64; scores of different dtypes are
@@ -77,7 +77,7 @@ def global_topk_mask(
         other: second factors for ``product`` and ``saliency``, shaped and placed like ``scores``.
         within: bool tensors shaped and placed like ``scores``: only True elements are candidates,
             so masks only lose entries. With scope ``filter`` the candidates are the rows with any
-            True element, taken or left as a whole.
+            True element; a row is ranked by all its scores, and keeps its True elements.
         names: one name per tensor, for error messages.
     Returns:
         L contiguous bool tensors, shaped and placed like ``scores``.
@@ -128,9 +128,10 @@ def global_topk_mask(
     counts = _counts(values, density, k, scope, labels)
     with torch.no_grad():
         if values[0].device.type not in ("cpu", "meta"):
-            return _by_reference(values, factors, allowed, counts, scope, score, labels)
+            masks = _by_reference(values, factors, allowed, counts, scope, score, labels)
+            return _inside(masks, allowed, scope)
         try:
-            masks: list[Tensor] = torch.ops.fastprune.global_topk_mask(
+            masks = torch.ops.fastprune.global_topk_mask(
                 values, factors, allowed, counts, scope, score
             )
         except RuntimeError as error:
@@ -138,7 +139,14 @@ def global_topk_mask(
             if f"{_OP}: " not in message:
                 raise
             raise ValueError(_renamed(message, labels)) from None
-    return masks
+    return _inside(masks, allowed, scope)
+
+
+def _inside(masks: list[Tensor], allowed: list[Tensor], scope: str) -> list[Tensor]:
+    """The op takes or leaves whole filters; what an earlier mask took from them stays taken."""
+    if scope != "filter" or not allowed:
+        return masks
+    return [mask & inside for mask, inside in zip(masks, allowed, strict=True)]
 
 
 def _labels(names: Any, n: int) -> list[str]:
@@ -227,9 +235,10 @@ def _counts(
     if density is not None:
         if isinstance(density, bool) or not isinstance(density, Real):
             raise TypeError(f"{_OP}: density: expected a number, got {type(density).__name__}")
-        if not 0 <= density <= 1:
+        fraction = float(density)
+        if not 0 <= fraction <= 1:
             raise ValueError(f"{_OP}: density: expected a fraction in [0, 1], got {density}")
-        return [kept_count(float(density), n) for n in units]
+        return [kept_count(fraction, n) for n in units]
     single = scope in ("global", "filter")
     if single:
         given: Sequence[Any] = [k]
@@ -249,9 +258,9 @@ def _counts(
             raise TypeError(
                 f"{_OP}: {name}: expected an int with scope {scope!r}, got {type(count).__name__}"
             )
-        if not 0 <= count <= n:
-            raise ValueError(f"{_OP}: {name}: expected 0 to {n}, got {count}")
         counts.append(int(count))
+        if not 0 <= counts[-1] <= n:
+            raise ValueError(f"{_OP}: {name}: expected 0 to {n}, got {count}")
     return counts
 
 

@@ -66,7 +66,7 @@ def masked_conv2d(
     Cost: 2 * nnz * batch * output pixels flops; each input pixel is packed once per block of
     channels and row strip. Differentiable once. On a CUDA device the plain-torch reference runs.
     """
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = autocast(x, weight, bias)
     check_operands("masked_conv2d", x, weight, bias)
     dense_grad = check_weight_grad("masked_conv2d", weight_grad)
     if weight.dim() != 4:
@@ -149,8 +149,7 @@ def _(
     dense_weight_grad: bool,
 ) -> Tensor:
     out = [
-        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1)
-        // stride[i]
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i]
         + 1
         for i in (0, 1)
     ]
@@ -230,9 +229,7 @@ def _dense_weight_grad(
     )[1]
 
 
-torch.library.register_autograd(
-    "fastprune::masked_conv2d", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("fastprune::masked_conv2d", _backward, setup_context=_setup_context)
 
 
 @torch.library.register_kernel("fastprune::masked_conv2d", "cuda")

@@ -51,7 +51,7 @@ def masked_linear(
     region casts the arguments as it does for ``torch.nn.functional.linear``. Differentiable once.
     On a CUDA device the plain-torch reference runs.
     """
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = autocast(x, weight, bias)
     check_operands("masked_linear", x, weight, bias)
     dense_grad = check_weight_grad("masked_linear", weight_grad)
     if weight.dim() != 2:
@@ -126,9 +126,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (x_grad, weight_grad, bias_grad, *[None] * 7)
 
 
-torch.library.register_autograd(
-    "fastprune::masked_linear", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("fastprune::masked_linear", _backward, setup_context=_setup_context)
 
 
 @torch.library.register_kernel("fastprune::masked_linear", "cuda")

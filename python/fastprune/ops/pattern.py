@@ -92,8 +92,11 @@ def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
     nnz = int(on_cpu.count_nonzero())
     density = nnz / max(on_cpu.numel(), 1)
     blocks = block_depth(depth, taps, density), block_depth(rows // groups, taps, density)
-    tensors = torch.ops.fastprune.pack_pattern(on_cpu, groups, taps, *blocks)
-    pattern = Pattern(*tensors, *blocks, tuple(mask.shape), groups, nnz)
+    row_ptr, offset, row_ptr_t, offset_t = torch.ops.fastprune.pack_pattern(
+        on_cpu, groups, taps, *blocks
+    )
+    shape = tuple(mask.shape)
+    pattern = Pattern(row_ptr, offset, row_ptr_t, offset_t, *blocks, shape, groups, nnz)
     return pattern if mask.device.type == "cpu" else pattern.to(mask.device)
 
 
@@ -117,24 +120,25 @@ def as_pattern(mask: Tensor | Pattern, weight: Tensor, groups: int = 1) -> Patte
     return mask
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast floating arguments as autocast does for torch's own linear and convolution."""
-    device = next(t for t in tensors if t is not None).device.type
+    device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
-        return tensors
+        return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    )
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
 def check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The checks that linear and convolution share: types, devices, the bias's shape."""
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        raise TypeError(
-            f"{op}: x: expected float32, float64, bfloat16 or float16, got {x.dtype}"
-        )
+        raise TypeError(f"{op}: x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
             continue

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import Tensor
 
 from fastprune.reference.masked_linear import present
@@ -38,7 +39,7 @@ def masked_conv2d_input_grad(
     groups: int,
 ) -> Tensor:
     """Gradient of x."""
-    return torch.nn.grad.conv2d_input(
+    x_grad: Tensor = torch.nn.grad.conv2d_input(
         tuple(x_sizes),
         present(weight, mask),
         grad,
@@ -47,6 +48,7 @@ def masked_conv2d_input_grad(
         tuple(dilation),
         groups,
     )
+    return x_grad
 
 
 def masked_conv2d_weight_grad(
