@@ -94,7 +94,8 @@ def global_topk_mask(
     depend on the number of threads. Not differentiable: inputs that require a gradient are read
     as constants. On CUDA the plain torch reference computes the same masks.
 
-    Paper: de Jorge et al. 2021, Algorithm 1, line 8; the scopes are those of Frankle et al. 2021.
+    Papers: de Jorge et al. 2021, Algorithm 1, line 8; the scopes global, layer and neuron as in
+    Diao et al. 2023, Section 4; filters ranked across layers as in Lin et al. 2020.
     """
     values = _tensors(scores, "scores", None)
     if not values:
