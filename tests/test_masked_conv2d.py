@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from oracle import DTYPES, assert_within, columns, conv_exact, guarded, integers
 from test_masked_linear import pick, random_mask, strided
 
 OPS = torch.ops.fastprune
+ops_module = sys.modules["fastprune.ops.masked_conv2d"]  # the function has the module's name
 CASES_PER_CALL = 250  # of each dtype and ISA; four shards make 1,000
 
 
@@ -251,6 +253,22 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         OPS.masked_conv2d_weight_grad.default,
         (grad, x, *pattern[:2], pattern[4], list(w.shape), *geometry),
+    )
+
+
+def test_what_runs_on_cuda_takes_the_same_arguments() -> None:
+    pattern = fp.pack(torch.rand(6, 2, 3, 3) < 0.5, groups=2)
+    x, w, b = torch.randn(2, 4, 7, 6), torch.randn(6, 2, 3, 3), torch.randn(6)
+    geometry = ([2, 1], [1, 1], [1, 1], 2)
+    y = OPS.masked_conv2d(x, w, b, *pattern[:6], *geometry, False)
+    torch.testing.assert_close(ops_module.on_cuda(x, w, b, *pattern[:6], *geometry, False), y)
+    dx = (y, w, *pattern[:6], list(x.shape), *geometry)
+    dw = (y, x, *pattern[:2], pattern[4], list(w.shape), *geometry)
+    torch.testing.assert_close(
+        ops_module.input_grad_on_cuda(*dx), OPS.masked_conv2d_input_grad(*dx)
+    )
+    torch.testing.assert_close(
+        ops_module.weight_grad_on_cuda(*dw), OPS.masked_conv2d_weight_grad(*dw)
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ import fastprune as fp
 from oracle import DTYPES, assert_within, guarded, integers, linear_exact, wide
 
 OPS = torch.ops.fastprune
+ops_module = sys.modules["fastprune.ops.masked_linear"]  # the function has the module's name
 SIZES = [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 47, 63, 64, 65, 101, 129, 150]
 CASES_PER_CALL = 250  # of each dtype and ISA; four shards make 1,000
 
@@ -205,6 +208,23 @@ def test_opcheck(bias: bool) -> None:
     torch.library.opcheck(OPS.masked_linear_input_grad.default, (grad, w.detach(), *pattern[:6]))
     torch.library.opcheck(
         OPS.masked_linear_weight_grad.default, (grad, x.detach(), *pattern[:2], pattern[4])
+    )
+
+
+def test_what_runs_on_cuda_takes_the_same_arguments() -> None:
+    pattern = fp.pack(torch.rand(6, 10) < 0.5)
+    x, w, b, grad = torch.randn(3, 10), torch.randn(6, 10), torch.randn(6), torch.randn(3, 6)
+    torch.testing.assert_close(
+        ops_module.on_cuda(x, w, b, *pattern[:6], False),
+        OPS.masked_linear(x, w, b, *pattern[:6], False),
+    )
+    torch.testing.assert_close(
+        ops_module.input_grad_on_cuda(grad, w, *pattern[:6]),
+        OPS.masked_linear_input_grad(grad, w, *pattern[:6]),
+    )
+    torch.testing.assert_close(
+        ops_module.weight_grad_on_cuda(grad, x, *pattern[:2], pattern[4]),
+        OPS.masked_linear_weight_grad(grad, x, *pattern[:2], pattern[4]),
     )
 
 

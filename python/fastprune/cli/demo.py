@@ -193,10 +193,12 @@ def _case(
 ) -> dict[str, Any]:
     """Prune at initialization, train with sparse layers, and time both modes."""
     method, first = prune["method"], batches[0]
+    count = job.settings["steps"][method]
+    scored = batches if count > 1 else batches[: plan.ONE_SHOT_BATCHES]
     steps.now(f"{what}: pruning")
     began = time.perf_counter()
     masks, caught = common.prune_at_init(
-        base, method, prune["sparsity"], batches, F.cross_entropy, job.settings["steps"][method]
+        base, method, prune["sparsity"], scored, F.cross_entropy, count
     )
     prune_seconds = time.perf_counter() - began
     steps.now(f"{what}: timing a training step")

@@ -132,22 +132,8 @@ def apply_conv2d(
 
 
 @torch.library.register_fake("fastprune::masked_conv2d")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_ptr: Tensor,
-    offset: Tensor,
-    transposed_row_ptr: Tensor,
-    transposed_offset: Tensor,
-    block_depth: int,
-    transposed_block_depth: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    dense_weight_grad: bool,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    stride, padding, dilation = rest[6:9]
     out = [
         (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i]
         + 1
@@ -157,32 +143,13 @@ def _(
 
 
 @torch.library.register_fake("fastprune::masked_conv2d_input_grad")
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    row_ptr: Tensor,
-    offset: Tensor,
-    transposed_row_ptr: Tensor,
-    transposed_offset: Tensor,
-    block_depth: int,
-    transposed_block_depth: int,
-    x_sizes: list[int],
-    *_rest: Any,
-) -> Tensor:
-    return grad.new_empty(x_sizes)
+def _(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty(rest[6])  # x_sizes
 
 
 @torch.library.register_fake("fastprune::masked_conv2d_weight_grad")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    row_ptr: Tensor,
-    offset: Tensor,
-    block_depth: int,
-    weight_sizes: list[int],
-    *_rest: Any,
-) -> Tensor:
-    return x.new_empty(weight_sizes)
+def _(grad: Tensor, x: Tensor, row_ptr: Tensor, offset: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(rest[1])  # weight_sizes
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -232,61 +199,32 @@ def _dense_weight_grad(
 torch.library.register_autograd("fastprune::masked_conv2d", _backward, setup_context=_setup_context)
 
 
-@torch.library.register_kernel("fastprune::masked_conv2d", "cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_ptr: Tensor,
-    offset: Tensor,
-    _t_row_ptr: Tensor,
-    _t_offset: Tensor,
-    block_depth: int,
-    _t_block_depth: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    _dense_weight_grad: bool,
+# On CUDA tensors the oracle runs, until there are kernels.
+
+
+def on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """The op's arguments, by the oracle."""
+    row_ptr, offset, _, _, block, _, *geometry, _ = rest
+    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block)
+    return reference.masked_conv2d(x, weight, mask, bias, *geometry)
+
+
+def input_grad_on_cuda(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """Likewise, the gradient of x."""
+    row_ptr, offset, _, _, block, _, x_sizes, *geometry = rest
+    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block)
+    return reference.masked_conv2d_input_grad(grad, weight, mask, x_sizes, *geometry)
+
+
+def weight_grad_on_cuda(
+    grad: Tensor, x: Tensor, row_ptr: Tensor, offset: Tensor, *rest: Any
 ) -> Tensor:
-    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block_depth)
-    return reference.masked_conv2d(x, weight, mask, bias, stride, padding, dilation, groups)
+    """Likewise, the gradient of the weight at the mask."""
+    block, weight_sizes, *geometry = rest
+    mask = reference.unpack(row_ptr, offset, tuple(weight_sizes), block)
+    return reference.masked_conv2d_weight_grad(grad, x, mask, *geometry)
 
 
-@torch.library.register_kernel("fastprune::masked_conv2d_input_grad", "cuda")
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    row_ptr: Tensor,
-    offset: Tensor,
-    _t_row_ptr: Tensor,
-    _t_offset: Tensor,
-    block_depth: int,
-    _t_block_depth: int,
-    x_sizes: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block_depth)
-    return reference.masked_conv2d_input_grad(
-        grad, weight, mask, x_sizes, stride, padding, dilation, groups
-    )
-
-
-@torch.library.register_kernel("fastprune::masked_conv2d_weight_grad", "cuda")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    row_ptr: Tensor,
-    offset: Tensor,
-    block_depth: int,
-    weight_sizes: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    mask = reference.unpack(row_ptr, offset, tuple(weight_sizes), block_depth)
-    return reference.masked_conv2d_weight_grad(grad, x, mask, stride, padding, dilation, groups)
+torch.library.register_kernel("fastprune::masked_conv2d", "cuda", on_cuda)
+torch.library.register_kernel("fastprune::masked_conv2d_input_grad", "cuda", input_grad_on_cuda)
+torch.library.register_kernel("fastprune::masked_conv2d_weight_grad", "cuda", weight_grad_on_cuda)

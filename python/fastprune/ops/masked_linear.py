@@ -129,39 +129,31 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("fastprune::masked_linear", _backward, setup_context=_setup_context)
 
 
-@torch.library.register_kernel("fastprune::masked_linear", "cuda")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_ptr: Tensor,
-    offset: Tensor,
-    _t_row_ptr: Tensor,
-    _t_offset: Tensor,
-    block_depth: int,
-    _t_block_depth: int,
-    _dense_weight_grad: bool,
-) -> Tensor:
-    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block_depth)
+# On CUDA tensors the oracle runs, until there are kernels.
+
+
+def on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """The op's arguments, by the oracle."""
+    row_ptr, offset, _, _, block, _, _ = rest
+    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block)
     return reference.masked_linear(x, weight, mask, bias)
 
 
-@torch.library.register_kernel("fastprune::masked_linear_input_grad", "cuda")
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    row_ptr: Tensor,
-    offset: Tensor,
-    _t_row_ptr: Tensor,
-    _t_offset: Tensor,
-    block_depth: int,
-    _t_block_depth: int,
-) -> Tensor:
-    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block_depth)
+def input_grad_on_cuda(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """Likewise, the gradient of x."""
+    row_ptr, offset, _, _, block, _ = rest
+    mask = reference.unpack(row_ptr, offset, tuple(weight.shape), block)
     return reference.masked_linear_input_grad(grad, weight, mask)
 
 
-@torch.library.register_kernel("fastprune::masked_linear_weight_grad", "cuda")
-def _(grad: Tensor, x: Tensor, row_ptr: Tensor, offset: Tensor, block_depth: int) -> Tensor:
-    mask = reference.unpack(row_ptr, offset, (grad.shape[1], x.shape[1]), block_depth)
+def weight_grad_on_cuda(
+    grad: Tensor, x: Tensor, row_ptr: Tensor, offset: Tensor, block: int
+) -> Tensor:
+    """Likewise, the gradient of the weight at the mask."""
+    mask = reference.unpack(row_ptr, offset, (grad.shape[1], x.shape[1]), block)
     return reference.masked_linear_weight_grad(grad, x, mask)
+
+
+torch.library.register_kernel("fastprune::masked_linear", "cuda", on_cuda)
+torch.library.register_kernel("fastprune::masked_linear_input_grad", "cuda", input_grad_on_cuda)
+torch.library.register_kernel("fastprune::masked_linear_weight_grad", "cuda", weight_grad_on_cuda)
