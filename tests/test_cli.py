@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastprune.cli import common, main, render
+from fastprune.cli import common, main, measuring, render
 from fastprune.pruners.registry import PRUNERS
+from fastprune.report import Report
+from fastprune.timing import Timing
 
 HAS_DEMO = all(importlib.util.find_spec(p) for p in ("sklearn", "matplotlib"))
 needs_demo = pytest.mark.skipif(not HAS_DEMO, reason='needs pip install "fastprune[demo]"')
@@ -294,7 +296,28 @@ def test_milliseconds(seconds: float, text: str) -> None:
 
 
 def test_slowdowns_are_told() -> None:
-    assert "no case is slower" in render.slowdowns([1.0, 2.0], "step")
-    assert "1 of 2" in render.slowdowns([0.5, 2.0], "step")
+    fine = {"speedup": 2.0, "disturbed": False}
+    assert render.verdict([fine, fine], "step") == [
+        "step: no case slower than the best dense form."
+    ]
+    lines = render.verdict([fine, {"speedup": 0.5, "disturbed": True}], "step")
+    assert "1 of 2 cases slower" in lines[0]
+    assert "0.50x" in lines[0]
+    assert "1 marked ?" in lines[1]
     assert render.speedup(0.5).style == "bold red"
     assert render.speedup(2.0).style == "green"
+    assert render.speedup(2.0, disturbed=True).plain == "2.00x?"
+
+
+def test_a_disturbed_timing_is_noticed() -> None:
+    steady = Timing(1.0, 0.95, 1.05, 9)
+    slow, wide = Timing(1.6, 1.55, 1.65, 9), Timing(1.0, 0.7, 1.25, 9)
+    report = Report([], training=False)
+
+    def case(dense: Timing, sparse: Timing) -> measuring.Case:
+        return measuring.Case(dense, None, sparse, measuring.Form(), report, steady)
+
+    assert not case(steady, steady).disturbed
+    assert not case(steady, slow).disturbed  # slower, but as steady
+    assert case(slow, steady).disturbed
+    assert case(steady, wide).disturbed

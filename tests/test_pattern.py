@@ -51,6 +51,31 @@ def test_memory_is_less_than_dense_from_70_percent_sparsity() -> None:
         assert fp.pack(mask).nbytes() < mask.numel() * 4 * 0.4
 
 
+def test_apply_mask(isa: str) -> None:
+    g = torch.Generator().manual_seed(4)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for shape in [(0,), (1,), (5, 37), (3, 4, 5, 6), (70, 20, 3, 3)]:
+            t = torch.randn(shape, generator=g).to(dtype)
+            mask = torch.rand(shape, generator=g) < 0.5
+            poisoned = torch.where(mask, t, torch.tensor(float("nan"), dtype=dtype))
+            expected = torch.where(mask, t, 0)
+            for form in (torch.contiguous_format, torch.channels_last):
+                if form == torch.channels_last and len(shape) != 4:
+                    continue
+                a = poisoned.contiguous(memory_format=form)
+                for m in (mask, mask.contiguous(memory_format=form)):
+                    assert torch.equal(OPS.apply_mask(a, m), expected)
+            assert torch.equal(
+                OPS.apply_mask(
+                    poisoned.t() if t.dim() == 2 else poisoned, mask.t() if t.dim() == 2 else mask
+                ),
+                expected.t() if t.dim() == 2 else expected,
+            )
+    torch.library.opcheck(OPS.apply_mask.default, (torch.randn(3, 4), torch.rand(3, 4) < 0.5))
+    with pytest.raises(RuntimeError, match="apply_mask: mask: expected size 4"):
+        OPS.apply_mask(torch.zeros(3, 4), torch.ones(3, 5, dtype=torch.bool))
+
+
 def linear_call(pattern: fp.Pattern, **change: object) -> Tensor:
     fields = {**pattern._asdict(), **change}
     six = [fields[name] for name in fp.Pattern._fields[:6]]

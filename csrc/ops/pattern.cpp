@@ -66,6 +66,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_pattern(const Tensor& mask_in, i
   return {row_ptr, offset, row_ptr_t, offset_t};
 }
 
+// The same elements in the same order in memory, without gaps: channels_last as well as contiguous.
+bool same_dense_layout(const Tensor& a, const Tensor& b) {
+  int64_t span = 1;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) return false;
+    span += (a.size(i) - 1) * a.stride(i);
+  }
+  return a.numel() == 0 || span == a.numel();
+}
+
+Tensor apply_mask(const Tensor& values_in, const Tensor& mask_in) {
+  const char* op = "apply_mask";
+  check_cpu(values_in, op, "values");
+  check_cpu(mask_in, op, "mask");
+  check_dtype(mask_in, ScalarType::Bool, op, "mask");
+  check_dim(mask_in, values_in.dim(), op, "mask");
+  for (int64_t i = 0; i < values_in.dim(); ++i) {
+    check_size(mask_in, i, values_in.size(i), op, "mask");
+  }
+  const DType dtype = dtype_of(values_in, op, "values");
+  const bool as_is = same_dense_layout(values_in, mask_in);
+  const Tensor values = as_is ? values_in : dense(values_in);
+  const Tensor mask = as_is ? mask_in : dense(mask_in);
+  Tensor out = torch::stable::empty_like(values);
+  const void* from = values.const_data_ptr();
+  const uint8_t* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
+  void* to = out.mutable_data_ptr();
+  constexpr int64_t kChunk = 16384;
+  const int64_t n = values.numel();
+  for_each_range((n + kChunk - 1) / kChunk, 0, [&](int64_t begin, int64_t end, void*) {
+    FASTPRUNE_PICK(apply_mask)
+    (dtype, from, bits, to, begin * kChunk, end * kChunk < n ? end * kChunk : n);
+  });
+  return out;
+}
+
 }  // namespace
 
 PatternView checked_pattern(const Tensor& row_ptr, const Tensor& offset, const PatternShape& shape,
@@ -167,7 +203,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
   m.def(
       "pack_pattern(Tensor mask, int groups, int taps, int block_depth, "
       "int transposed_block_depth) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("apply_mask(Tensor values, Tensor mask) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
   m.impl("pack_pattern", TORCH_BOX(&fastprune::pack_pattern));
+  m.impl("apply_mask", TORCH_BOX(&fastprune::apply_mask));
 }

@@ -58,10 +58,12 @@ class Report:
         layers: one :class:`LayerReport` per masked parameter.
         training: whether forward and backward were timed, or inference.
         folded: number of BatchNorm layers folded away.
-        dense_ms, fast_ms: medians end to end: the pruned model on dense kernels, and the fast one.
+        dense_ms, fast_ms: medians end to end: the pruned model on dense kernels, and the fast one,
+            each in its better memory format.
         reverted: True when the fast model lost end to end and was put back on dense kernels;
             ``fast_ms`` is then the time of the attempt.
-        timings: median and quartiles of both, in seconds.
+        channels_last: whether the dense convolutions' weights were stored channels_last.
+        timings: median and quartiles of every candidate, in seconds.
         threads, isa, torch_version: where this was measured.
     """
 
@@ -71,6 +73,7 @@ class Report:
     dense_ms: float = float("nan")
     fast_ms: float = float("nan")
     reverted: bool = False
+    channels_last: bool = False
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
     threads: int = field(default_factory=torch.get_num_threads)
     isa: str = field(default_factory=lambda: _isa())
@@ -122,6 +125,7 @@ class Report:
         lines.append(
             f"threads {self.threads}, ISA {self.isa}, torch {self.torch_version}"
             + (f", {self.folded} BatchNorm folded" if self.folded else "")
+            + (", dense convolutions channels_last" if self.channels_last else "")
         )
         return "\n".join(lines)
 

@@ -177,6 +177,16 @@ void scatter(const PatternView& p, const Accumulator<S>* values, S* grad, int64_
   }
 }
 
+// Bits are masked, not multiplied: a NaN under a False entry becomes a zero.
+template <typename Bits>
+void mask_bits(const void* values, const uint8_t* mask, void* out, int64_t begin, int64_t end) {
+  const Bits* from = static_cast<const Bits*>(values);
+  Bits* to = static_cast<Bits*>(out);
+  for (int64_t i = begin; i < end; ++i) {
+    to[i] = from[i] & static_cast<Bits>(-static_cast<Bits>(mask[i] != 0));
+  }
+}
+
 template <typename T>
 int64_t filter(const PatternView& p, const T* values, const uint8_t* keep_tap, PatternBuffers out,
                T* out_values) {
@@ -232,9 +242,22 @@ bool gather_transposed_values(const PatternView& p, const PatternView& t, DType 
 }
 
 void scatter_values(const PatternView& p, DType dtype, const void* values, void* weight_grad,
-                    int64_t begin, int64_t end){
-    FASTPRUNE_BY_DTYPE(scatter<S>(p, static_cast<const Accumulator<S>*>(values),
-                                  static_cast<S*>(weight_grad), begin, end))}
+                    int64_t begin, int64_t end) {
+  FASTPRUNE_BY_DTYPE(scatter<S>(p, static_cast<const Accumulator<S>*>(values),
+                                static_cast<S*>(weight_grad), begin, end))
+}
+
+void apply_mask(DType dtype, const void* values, const uint8_t* mask, void* out, int64_t begin,
+                int64_t end) {
+  switch (dtype) {
+    case DType::f32:
+      return mask_bits<uint32_t>(values, mask, out, begin, end);
+    case DType::f64:
+      return mask_bits<uint64_t>(values, mask, out, begin, end);
+    default:
+      return mask_bits<uint16_t>(values, mask, out, begin, end);
+  }
+}
 
 int64_t filter_taps(const PatternView& p, DType dtype, const void* values, const uint8_t* keep_tap,
                     PatternBuffers out, void* out_values) {

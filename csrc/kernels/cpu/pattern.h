@@ -79,6 +79,9 @@ FASTPRUNE_PER_ISA(
     // weight_grad (dense, rows x cols) = values at the entries, 0 elsewhere; rows [begin, end).
     void scatter_values(const PatternView& forward, DType dtype, const void* values,
                         void* weight_grad, int64_t begin, int64_t end);
+    // out[i] = values[i] where mask[i], else an exact 0, for i in [begin, end).
+    void apply_mask(DType dtype, const void* values, const uint8_t* mask, void* out, int64_t begin,
+                    int64_t end);
     // Keeps the entries whose tap is marked, for strided input gradients. Returns their number.
     int64_t filter_taps(const PatternView& pattern, DType dtype, const void* values,
                         const uint8_t* keep_tap, PatternBuffers out, void* out_values);)

@@ -14,10 +14,12 @@ The JSON file (times in seconds, except in ``report``, where names end in ``_ms`
      "results": [{"method", "sparsity", "kept", "prunable", "prune_seconds", "warnings",
                   mode: {"dense": {"form", "median", "low", "high", "runs"},
                          "masked": {"median", ...}, "sparse": {"median", ...},
-                         "speedup", "speedup_over_masked", "layers", "sparse_layers",
+                         "speedup", "speedup_over_masked", "disturbed", "layers",
+                         "sparse_layers",
                          "accelerate_seconds", "report": fastprune.Report.to_dict()}}]}
 
-``speedup`` is the dense median over fastprune's; ``low`` and ``high`` are quartiles. A case that
+``speedup`` is the dense median over fastprune's, ``disturbed`` is true where other work kept the
+machine busy (``measuring.Case``); ``low`` and ``high`` are quartiles. A case that
 failed has ``"error"`` in place of the modes. ``accelerate_seconds`` is what packing the masks and
 timing every layer took, once per network. ``interrupted`` is true after Ctrl-C.
 """

@@ -17,9 +17,10 @@ The JSON file (times in seconds; ``low`` and ``high`` are quartiles)::
                               "training": CASE, "inference": CASE}]}]}
     DENSE = {"form", "median", "low", "high", "runs", "tried": {form: {"median", ...}}}
     CASE  = {"dense": {"form", "median", ...}, "sparse": {"median", ...}, "speedup",
-             "layers", "sparse_layers"}
+             "disturbed", "layers", "sparse_layers"}
 
-``interrupted`` is true after Ctrl-C: what was finished is there, the rest is missing.
+``disturbed`` is true where other work kept the machine busy (``measuring.Case``), ``interrupted``
+after Ctrl-C: what was finished is there, the rest is missing.
 """
 
 from __future__ import annotations

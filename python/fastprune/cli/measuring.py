@@ -162,13 +162,28 @@ def masked_dense(
 
 @dataclass(frozen=True)
 class Case:
-    """Timings of one pruned network in one mode; ``masked`` is None where it was not asked for."""
+    """Timings of one pruned network in one mode; ``masked`` is None where it was not asked for.
+
+    ``alone`` is what the dense network took when it was timed against its other forms only.
+    """
 
     dense: Timing
     masked: Timing | None
     sparse: Timing
     form: Form
     report: Report
+    alone: Timing
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether something else kept the machine busy, so that the speedup means little.
+
+        The dense network then takes 1.5 times as long, or as short, as it did before, or the middle
+        half of the runs of either network is spread over more than half of their median.
+        """
+        drift = self.dense.median / self.alone.median
+        wide = any(t.high - t.low > 0.5 * t.median for t in (self.dense, self.sparse))
+        return wide or not 1 / 1.5 < drift < 1.5
 
     @property
     def speedup(self) -> float:
@@ -186,6 +201,7 @@ class Case:
             "dense": {"form": str(self.form), **self.dense.to_dict()},
             "sparse": self.sparse.to_dict(),
             "speedup": self.speedup,
+            "disturbed": self.disturbed,
             "layers": len(self.report.layers),
             "sparse_layers": self.sparse_layers,
         }
@@ -225,4 +241,5 @@ def measure_case(
         candidates["masked"] = masked
     candidates["sparse"] = step_of(copy.deepcopy(fast), batch, mode)
     times = watch.measure(candidates)
-    return Case(times["dense"], times.get("masked"), times["sparse"], baseline.form, report)
+    alone = baseline.tried[baseline.form]
+    return Case(times["dense"], times.get("masked"), times["sparse"], baseline.form, report, alone)

@@ -96,9 +96,11 @@ def milliseconds(seconds: float) -> str:
     return f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
 
 
-def speedup(value: float) -> Text:
-    """``1.84x``; green above 1, red below: a slowdown must catch the eye."""
+def speedup(value: float, disturbed: bool = False) -> Text:
+    """``1.84x``; green above 1, red below: a slowdown must catch the eye. ``1.84x?``: disturbed."""
     style = "green" if value >= 1.005 else "bold red" if value < 0.995 else ""
+    if disturbed:
+        return Text(f"{value:.2f}x?", style="yellow")
     return Text(f"{value:.2f}x", style=style)
 
 
@@ -135,12 +137,15 @@ def notes(console: Console, lines: Iterable[str]) -> None:
         console.print(f"  {line}", style="dim", soft_wrap=True)
 
 
-def slowdowns(values: Sequence[float], what: str) -> str:
-    """How many of the speedups are slowdowns, in words."""
-    slower = sum(value < 0.995 for value in values)
-    if not slower:
-        return f"{what}: no case is slower than the best dense form."
-    worst = min(values)
-    return (
-        f"{what}: {slower} of {len(values)} cases slower than the best dense form ({worst:.2f}x)."
-    )
+def verdict(cases: Sequence[Mapping[str, Any]], what: str) -> list[str]:
+    """How many of the cases are slower than dense, and how many cannot be relied upon."""
+    speedups = [case["speedup"] for case in cases]
+    slower = sum(value < 0.995 for value in speedups)
+    count = f"{slower} of {len(cases)} cases" if slower else "no case"
+    worst = f" (the worst {min(speedups):.2f}x)" if slower else ""
+    lines = [f"{what}: {count} slower than the best dense form{worst}."]
+    if doubtful := sum(case["disturbed"] for case in cases):
+        lines.append(
+            f"{what}: {doubtful} marked ?: other work kept the machine busy; run again when idle."
+        )
+    return lines

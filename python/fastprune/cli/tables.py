@@ -71,14 +71,13 @@ def demo_network(console: Console, network: Mapping[str, Any]) -> None:
             row += [
                 render.milliseconds(timed["dense"]["median"]),
                 render.milliseconds(timed["sparse"]["median"]),
-                render.speedup(timed["speedup"]),
+                render.speedup(timed["speedup"], timed["disturbed"]),
             ]
         table.add_row(*row, end_section=last)
     console.print(table)
-    lines = [
-        render.slowdowns([r[mode]["speedup"] for r in results], MODE_TITLES[mode])
-        for mode in measuring.MODES
-    ]
+    lines = []
+    for mode in measuring.MODES:
+        lines += render.verdict([r[mode] for r in results], MODE_TITLES[mode])
     lines += [f"dense {MODE_TITLES[m]}: {dense[m]['form']}" for m in measuring.MODES]
     lines += [
         f"{r['method']} at {render.sparsity(r['sparsity'])}: {warning}"
@@ -124,16 +123,16 @@ def bench_mode(console: Console, document: Mapping[str, Any], mode: measuring.Mo
         table.add_row(
             *head,
             *[render.spread(timed[key]) for key in ("dense", "masked", "sparse")],
-            render.speedup(timed["speedup"]),
+            render.speedup(timed["speedup"], timed["disturbed"]),
             f"{timed['sparse_layers']}/{timed['layers']}",
         )
     console.print(table)
-    speedups = [r[mode]["speedup"] for r in document["results"] if mode in r]
+    cases = [r[mode] for r in document["results"] if mode in r]
     tried = ", ".join(
         f"{form} ({render.milliseconds(t['median'])})" for form, t in dense["tried"].items()
     )
     lines = [f"dense: {dense['form']}; tried, in ms: {tried}"]
-    render.notes(console, [*lines, render.slowdowns(speedups, "fastprune")] if speedups else lines)
+    render.notes(console, [*lines, *render.verdict(cases, "fastprune")] if cases else lines)
 
 
 def bench_layers(console: Console, result: Mapping[str, Any], mode: measuring.Mode) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastprune.ops.pattern import Pattern, pack
+from fastprune.ops.pattern import Pattern, apply_mask, pack
 
 WeightGrad = Literal["sampled", "dense"]
 
@@ -96,11 +96,11 @@ class MaskedLayer(nn.Module):
         if self.weight_grad == "sampled":
             with torch.no_grad():
                 # Through .data: the version counter that autograd checks must not move.
-                self.weight.data.masked_fill_(~self.weight_mask, 0)
+                self.weight.data.copy_(apply_mask(self.weight.data, self.weight_mask))
 
     def present_weight(self) -> Tensor:
         """W * M as a dense tensor, with its gradient: what the dense path multiplies by."""
-        return torch.where(self.weight_mask, self.weight, torch.zeros_like(self.weight))
+        return apply_mask(self.weight, self.weight_mask)
 
     def _dense_weight(self) -> Tensor:
         """The weight for the dense path."""
@@ -153,7 +153,7 @@ class _PrunedWithDenseGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, torch.zeros_like(weight))
+        return apply_mask(weight, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -14,6 +14,7 @@ from fastprune.ops.pattern import (
     autocast,
     check_operands,
     check_weight_grad,
+    recorder,
 )
 
 Size2 = int | tuple[int, int] | list[int]
@@ -112,7 +113,7 @@ def apply_conv2d(
     dense_weight_grad: bool,
 ) -> Tensor:
     """The op on arguments that are known to fit: what the layer calls in its forward pass."""
-    y: Tensor = torch.ops.fastprune.masked_conv2d(
+    y: Tensor = recorder(MaskedConv2dFunction, torch.ops.fastprune.masked_conv2d)(
         x if x.dim() == 4 else x.unsqueeze(0),
         weight,
         bias,
@@ -197,6 +198,19 @@ def _dense_weight_grad(
 
 
 torch.library.register_autograd("fastprune::masked_conv2d", _backward, setup_context=_setup_context)
+
+
+class MaskedConv2dFunction(torch.autograd.Function):
+    """The op with the same formula, recorded directly: a third of the cost of a small call."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        """The op itself; autograd is off here."""
+        y: Tensor = torch.ops.fastprune.masked_conv2d(*inputs)
+        return y
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
 
 # On CUDA tensors the oracle runs, until there are kernels.

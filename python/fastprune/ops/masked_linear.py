@@ -14,6 +14,7 @@ from fastprune.ops.pattern import (
     autocast,
     check_operands,
     check_weight_grad,
+    recorder,
 )
 
 
@@ -70,7 +71,7 @@ def apply_linear(
 ) -> Tensor:
     """The op on arguments that are known to fit: what the layer calls in its forward pass."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y: Tensor = torch.ops.fastprune.masked_linear(
+    y: Tensor = recorder(MaskedLinearFunction, torch.ops.fastprune.masked_linear)(
         flat,
         weight,
         bias,
@@ -127,6 +128,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("fastprune::masked_linear", _backward, setup_context=_setup_context)
+
+
+class MaskedLinearFunction(torch.autograd.Function):
+    """The op with the same formula, recorded directly: a third of the cost of a small call."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        """The op itself; autograd is off here."""
+        y: Tensor = torch.ops.fastprune.masked_linear(*inputs)
+        return y
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
 
 
 # On CUDA tensors the oracle runs, until there are kernels.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,6 +135,13 @@ def autocast(
     return cast(x), cast(weight), None if bias is None else cast(bias)
 
 
+def recorder(function: type[torch.autograd.Function], op: Any) -> Any:
+    """How to call an op: through its Function where a gradient may be recorded eagerly."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return function.apply
+    return op
+
+
 def check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The checks that linear and convolution share: types, devices, the bias's shape."""
     if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -157,6 +164,35 @@ def check_weight_grad(op: str, weight_grad: str) -> bool:
     if weight_grad not in ("sampled", "dense"):
         raise ValueError(f"{op}: weight_grad: expected 'sampled' or 'dense', got {weight_grad!r}")
     return weight_grad == "dense"
+
+
+class ApplyMask(torch.autograd.Function):
+    """``weight`` with exact zeros outside ``mask``; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        """One read of both, one write."""
+        ctx.save_for_backward(mask)
+        kept: Tensor = torch.ops.fastprune.apply_mask(weight, mask)
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The gradient at the mask."""
+        (mask,) = ctx.saved_tensors
+        return torch.ops.fastprune.apply_mask(grad, mask), None
+
+
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """W * M as a dense tensor, differentiable; a NaN outside the mask does not survive."""
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.where(mask, weight, 0.0)
+    return ApplyMask.apply(weight, mask)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("fastprune::apply_mask")
+def _(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(values)
 
 
 @torch.library.register_fake("fastprune::pack_pattern")
