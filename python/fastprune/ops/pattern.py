@@ -177,7 +177,7 @@ class ApplyMask(torch.autograd.Function):
         return kept
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The gradient at the mask."""
         (mask,) = ctx.saved_tensors
         return torch.ops.fastprune.apply_mask(grad, mask), None
