@@ -30,7 +30,8 @@ def accelerate(
 
     Every masked linear and 2-d convolution layer is timed on the input that ``example_input``
     brings to it: its sparse kernel against torch's dense one (the better of contiguous and
-    channels_last), both with the weights pruned. The faster one is kept. Then the whole models are
+    channels_last), both with the weights pruned; in training, dense also pays for enforcing the
+    mask. The faster one is kept. Then the whole models are
     timed, dense and fast, with contiguous and with channels_last convolution weights; if the copy
     loses, all its layers go back to dense kernels, and it takes the better memory format. Timings
     are of this machine, thread count, dtype and input shape; the report says what was decided and
@@ -246,11 +247,18 @@ def _choose(
             x.contiguous(memory_format=last),
             training,
         )
-    times = timing.measure(candidates, min_time=min_time)
-    sparse = times.pop("sparse")
-    best = min(times, key=lambda key: times[key].median)
-    row.sparse_ms, row.dense_ms = sparse.median * 1e3, times[best].median * 1e3
-    masked.sparse = row.sparse_ms * _MARGIN < row.dense_ms
+    if training:  # what a layer that stays dense pays for its mask
+        kept = copy.deepcopy(masked).train()
+        kept.sparse = False
+        candidates["masked"] = _step(kept, x.contiguous(), training)
+    medians = {
+        name: 1e3 * t.median for name, t in timing.measure(candidates, min_time=min_time).items()
+    }
+    row.sparse_ms = medians.pop("sparse")
+    enforcing = max(0.0, medians.pop("masked", 0.0) - medians["contiguous"])
+    best = min(medians, key=lambda name: medians[name])
+    row.dense_ms = medians[best]
+    masked.sparse = row.sparse_ms * _MARGIN < row.dense_ms + enforcing
     row.chosen = "sparse" if masked.sparse else "dense"
     if not masked.sparse:
         row.reason = f"dense ({best}) is faster"
