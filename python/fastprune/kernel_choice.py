@@ -1,0 +1,182 @@
+"""Which kernel runs where: decided by timing, layer by layer and then end to end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune import timing
+from fastprune.nn import MaskedLayer
+from fastprune.report import LayerReport, Report
+
+# A layer is swapped when it is at least this much faster: noise must not decide.
+_MARGIN = 1.03
+
+
+def record_inputs(
+    model: nn.Module, owners: set[str], arguments: tuple[Any, ...], training: bool
+) -> dict[str, Tensor]:
+    """The first input that each owner sees; buffers are not touched."""
+    probe = copy.deepcopy(model)
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen.setdefault(name, inputs[0].detach().clone())
+
+        return record
+
+    for owner in owners:
+        probe.get_submodule(owner).register_forward_pre_hook(hook(owner))
+    probe.train(training or model.training)
+    with torch.random.fork_rng(), torch.no_grad():
+        probe(*arguments)
+    return seen
+
+
+def _step(layer: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
+    """One inference pass, or one forward and backward pass, of a layer."""
+    if not training:
+
+        def infer() -> None:
+            with torch.inference_mode():
+                layer(x)
+
+        return infer
+    x = x.detach().clone().requires_grad_(x.is_floating_point())
+    with torch.no_grad():
+        grad = torch.ones_like(layer(x))
+    wanted = [x, *[p for p in layer.parameters() if p.requires_grad]]
+
+    def train() -> None:
+        torch.autograd.grad(layer(x), wanted, grad)
+
+    return train
+
+
+def choose_kernel(
+    name: str,
+    dense: nn.Module,
+    masked: MaskedLayer,
+    x: Tensor | None,
+    training: bool,
+    min_time: float,
+) -> LayerReport:
+    """Time the two kernels of one layer and set ``masked.sparse``."""
+    row = LayerReport.kept(
+        name, type(dense).__name__, masked.weight_mask, "", tuple(x.shape) if x is not None else ()
+    )
+    if x is None or x.device.type != "cpu":
+        masked.sparse = False
+        row.reason = (
+            "not reached by example_input" if x is None else f"no kernel for {x.device.type} yet"
+        )
+        return row
+    candidates = {
+        "sparse": _step(copy.deepcopy(masked).train(training), x, training),
+        "contiguous": _step(copy.deepcopy(dense).train(training), x.contiguous(), training),
+    }
+    if x.dim() == 4:
+        last = torch.channels_last
+        candidates["channels_last"] = _step(
+            copy.deepcopy(dense).train(training).to(memory_format=last),  # type: ignore[call-overload]
+            x.contiguous(memory_format=last),
+            training,
+        )
+    if training:  # what a layer that stays dense pays for its mask
+        kept = copy.deepcopy(masked).train()
+        kept.sparse = False
+        candidates["masked"] = _step(kept, x.contiguous(), training)
+    medians = {
+        name: 1e3 * t.median for name, t in timing.measure(candidates, min_time=min_time).items()
+    }
+    row.sparse_ms = medians.pop("sparse")
+    enforcing = max(0.0, medians.pop("masked", 0.0) - medians["contiguous"])
+    best = min(medians, key=lambda name: medians[name])
+    row.dense_ms = medians[best]
+    masked.sparse = row.sparse_ms * _MARGIN < row.dense_ms + enforcing
+    row.chosen = "sparse" if masked.sparse else "dense"
+    if not masked.sparse:
+        row.reason = f"dense ({best}) is faster"
+    return row
+
+
+def choose_whole(
+    dense: nn.Module, fast: nn.Module, arguments: tuple[Any, ...], report: Report, min_time: float
+) -> None:
+    """Time the models end to end and settle how ``fast`` runs.
+
+    Four candidates: dense kernels everywhere, or sparse where a layer won; each with contiguous
+    weights and, where there are convolutions, with channels_last weights in the dense layers. The
+    fastest one is what ``fast`` becomes.
+    """
+    candidates = {"dense": dense, "fast": fast}
+    if any(isinstance(m, nn.Conv2d) for m in dense.modules()):
+        candidates |= {f"{name}, channels_last": m for name, m in candidates.items()}
+    steps = {}
+    for name, model in candidates.items():
+        trial = copy.deepcopy(model)
+        if name.endswith("channels_last"):
+            _channels_last_(trial)
+        steps[name] = _whole_step(trial.train(report.training), arguments, report.training)
+    # Dropout draws random numbers; the caller's generator is left where it was.
+    with torch.random.fork_rng():
+        times = timing.measure(steps, min_time=4 * min_time)
+    report.timings = {name: t.to_dict() for name, t in times.items()}
+    medians = {name: t.median * 1e3 for name, t in times.items()}
+    best = {
+        kind: min((n for n in medians if n.startswith(kind)), key=lambda n: medians[n])
+        for kind in ("dense", "fast")
+    }
+    report.dense_ms, report.fast_ms = medians[best["dense"]], medians[best["fast"]]
+    winner = best["fast"]
+    swapped = any(r.chosen == "sparse" for r in report.layers)
+    if not swapped or report.fast_ms > report.dense_ms:
+        winner = best["dense"]
+        report.reverted = swapped
+        for layer in fast.modules():
+            if isinstance(layer, MaskedLayer):
+                layer.sparse = False
+        for row in report.layers:
+            if row.chosen == "sparse":
+                row.chosen = "dense"
+                row.reason = "the whole model was not faster with sparse layers"
+    if winner.endswith("channels_last"):
+        _channels_last_(fast)
+        report.channels_last = True
+
+
+def _channels_last_(model: nn.Module) -> None:
+    """Store the weights of dense convolutions channels_last: their outputs follow."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and not (isinstance(layer, MaskedLayer) and layer.sparse):
+            # The values stay; only the order in memory changes.
+            layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _whole_step(
+    model: nn.Module, arguments: tuple[Any, ...], training: bool
+) -> Callable[[], object]:
+    """One inference pass, or one forward and backward pass, of a model."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def infer() -> None:
+        with torch.inference_mode():
+            model(*arguments)
+
+    def train() -> None:
+        with torch.enable_grad():
+            loss = sum(t.float().sum() for t in _tensors(model(*arguments)))
+            torch.autograd.grad(loss, parameters, allow_unused=True)  # type: ignore[arg-type]
+
+    return train if training else infer
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Every floating tensor in a model's output."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
