@@ -141,6 +141,14 @@ def test_a_transpose_of_another_mask_is_refused(pattern: fp.Pattern, isa: str) -
     grads(pattern)
 
 
+def test_a_transpose_that_agrees_but_for_its_bounds_is_refused(isa: str) -> None:
+    forward = fp.pack(torch.tensor([[True, False], [True, False]]))
+    other = fp.pack(torch.tensor([[True, False], [False, True]]))
+    fields = [*forward[:2], *other[2:4], *forward[4:6]]
+    with pytest.raises(RuntimeError, match="expected the transpose of the pattern"):
+        OPS.masked_linear_input_grad(torch.ones(1, 2), torch.ones(2, 2), *fields)
+
+
 def test_random_bytes_never_crash(isa: str) -> None:
     g = torch.Generator().manual_seed(3)
     refused = 0
