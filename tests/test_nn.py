@@ -254,5 +254,9 @@ def test_bad_layers() -> None:
         fp.nn.MaskedLinear(pruned, torch.ones(3, 3).bool())
     with pytest.raises(ValueError, match="weight_grad: expected"):
         fp.nn.MaskedLinear(nn.Linear(3, 3), torch.ones(3, 3).bool(), weight_grad="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x: expected a padded height of at least 3, got 2"):
+        fp.nn.MaskedConv2d(nn.Conv2d(3, 4, 3), torch.ones(4, 3, 3, 3).bool())(
+            torch.zeros(1, 3, 2, 9)
+        )
     with pytest.raises(ValueError, match=r"x: expected shape \(\.\.\., 8\)"):
         network()[5](torch.zeros(2, 7))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.nn.masked import MaskedLayer, WeightGrad
-from fastprune.ops.masked_conv2d import apply_conv2d
+from fastprune.ops.masked_conv2d import apply_conv2d, check_room
 from fastprune.ops.pattern import autocast, check_operands
 
 
@@ -81,6 +81,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=mode)
             padding = (0, 0)
+        check_room(x, weight, padding, self.dilation)  # type: ignore[arg-type]
         return apply_conv2d(
             x,
             weight,

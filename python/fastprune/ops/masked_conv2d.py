@@ -90,16 +90,23 @@ def masked_conv2d(
             f"masked_conv2d: x: expected shape (batch, {weight.shape[1] * groups}, height, width), "
             f"got {tuple(x.shape)}"
         )
+    check_room(x, weight, geometry[1], geometry[2])
+    pattern = as_pattern(mask, weight, groups)
+    return apply_conv2d(x, weight, bias, pattern, *geometry, groups, dense_grad)
+
+
+def check_room(
+    x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    """The padded input must hold the dilated kernel once."""
     for axis in (0, 1):
-        room = x.shape[axis - 2] + 2 * geometry[1][axis]
-        span = geometry[2][axis] * (weight.shape[axis + 2] - 1) + 1
+        room = x.shape[axis - 2] + 2 * padding[axis]
+        span = dilation[axis] * (weight.shape[axis + 2] - 1) + 1
         if room < span or x.shape[axis - 2] < 1:
             raise ValueError(
                 f"masked_conv2d: x: expected a padded {('height', 'width')[axis]} of at least "
                 f"{span}, got {room}"
             )
-    pattern = as_pattern(mask, weight, groups)
-    return apply_conv2d(x, weight, bias, pattern, *geometry, groups, dense_grad)
 
 
 def apply_conv2d(
