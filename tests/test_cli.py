@@ -283,8 +283,19 @@ def test_methods_get_the_arguments_they_use() -> None:
         steps = common.steps_of(method, 3)
         assert steps <= 3 or method == "synflow"
         loss = torch.nn.functional.cross_entropy
-        masks, _ = common.prune_at_init(model, method, 0.5, batches, loss, steps)
+        masks, _ = common.prune_at_init(model, method, 0.5, batches, loss, steps, 0)
         assert masks.nnz() == (16 * 8 + 8 * 4) // 2
+
+
+def test_random_masks_follow_the_seed() -> None:
+    model = torch.nn.Linear(40, 30)
+    loss = torch.nn.functional.cross_entropy
+    a, b, c = (
+        common.prune_at_init(model, "random", 0.5, [(torch.zeros(2, 40), None)], loss, 1, seed)[0]
+        for seed in (0, 0, 1)
+    )
+    assert a == b
+    assert a != c
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,8 @@ def _measure(
             what = f"{method} {render.sparsity(sparsity)}"
             result: dict[str, Any] = {"method": method, "sparsity": sparsity}
             try:
-                result |= _case(model, batch, method, sparsity, baselines, watch, steps)
+                seed = settings["seed"]
+                result |= _case(model, batch, method, sparsity, seed, baselines, watch, steps)
             except (ValueError, TypeError, RuntimeError) as error:
                 # One method that cannot score this network must not hide what the others do.
                 result["error"] = " ".join(f"{type(error).__name__}: {error}".split())
@@ -196,6 +197,7 @@ def _case(
     batch: common.Batch,
     method: str,
     sparsity: float,
+    seed: int,
     baselines: dict[measuring.Mode, measuring.Baseline],
     watch: measuring.Stopwatch,
     steps: render.Steps,
@@ -205,7 +207,7 @@ def _case(
     steps.now(f"{what}: pruning")
     began = time.perf_counter()
     masks, caught = common.prune_at_init(
-        model, method, sparsity, [batch], _float_cross_entropy, common.steps_of(method)
+        model, method, sparsity, [batch], _float_cross_entropy, common.steps_of(method), seed
     )
     result: dict[str, Any] = {
         "kept": masks.nnz(),

@@ -146,8 +146,9 @@ def prune_at_init(
     batches: Sequence[Batch],
     loss: Callable[[Tensor, Tensor], Tensor],
     steps: int,
+    seed: int,
 ) -> tuple[Masks, list[str]]:
-    """Prune with the arguments that the method uses.
+    """Prune with the arguments that the method uses; random pruning draws from ``seed``.
 
     A method of one step takes the mean over ``batches``, one of several takes a fresh batch at
     each step, as in paper 002.
@@ -163,6 +164,8 @@ def prune_at_init(
             options["batches_per_step"] = 1
     if "example_input" in kind.options:
         options["example_input"] = batches[0][0]
+    if "generator" in kind.options:
+        options["generator"] = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         masks = prune(model, method, sparsity=sparsity, steps=steps, **options)

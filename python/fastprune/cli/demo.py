@@ -199,7 +199,7 @@ def _case(
     steps.now(f"{what}: pruning")
     began = time.perf_counter()
     masks, caught = common.prune_at_init(
-        base, method, prune["sparsity"], scored, F.cross_entropy, count
+        base, method, prune["sparsity"], scored, F.cross_entropy, count, job.settings["seed"]
     )
     prune_seconds = time.perf_counter() - began
     steps.now(f"{what}: timing a training step")
