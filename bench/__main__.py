@@ -15,7 +15,8 @@ import torch
 
 from bench import bench_masked_conv2d, bench_masked_linear
 from bench.cases import PROMISED, PROMISED_SPEEDUP, SPARSITIES
-from bench.harness import Row, ceilings, machine, print_rows
+from bench.harness import Row, machine, print_rows
+from fastprune.peers.roofline import ceilings
 
 OPS = {"masked_linear": bench_masked_linear.run, "masked_conv2d": bench_masked_conv2d.run}
 
@@ -39,7 +40,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     min_time = args.min_time or (0.1 if args.quick else 0.3)
-    flops, bandwidth = ceilings()
+    measured = ceilings()
+    flops, bandwidth = measured.flops, measured.bandwidth
     head = {**machine(), "ceiling_gflops": flops / 1e9, "copy_gbytes": bandwidth / 1e9}
     print(", ".join(f"{key} {value}" for key, value in head.items()))
     results, short = [], []

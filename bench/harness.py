@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import fastprune as fp
 from fastprune.timing import Timing, measure
 
 
@@ -52,30 +51,6 @@ def as_times(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
 def time_all(fns: dict[str, Callable[[], object]], min_time: float) -> dict[str, dict[str, float]]:
     with torch.inference_mode():
         return as_times(measure(fns, min_time=min_time))
-
-
-def ceilings(min_time: float = 0.2) -> tuple[float, float]:
-    """(flops per second of FMAs whose operand is in L1, bytes per second of a large copy).
-
-    The first is the product kernel itself on a full mask with one block of columns: no short rows,
-    nothing but its inner loop.
-    """
-    rows, cols, batch = 512, 128, 2048
-    x, w = torch.randn(batch, cols), torch.randn(rows, cols)
-    pattern = fp.pack(torch.ones(rows, cols, dtype=torch.bool))
-    source = torch.empty(64 << 20, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    times = time_all(
-        {
-            "product": lambda: fp.masked_linear(x, w, pattern),
-            "copy": lambda: target.copy_(source),
-        },
-        min_time,
-    )
-    return (
-        2.0 * rows * cols * batch / times["product"]["median"],
-        2.0 * source.numel() / times["copy"]["median"],
-    )
 
 
 def machine() -> dict[str, Any]:

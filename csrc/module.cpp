@@ -5,6 +5,7 @@
 #include <string>
 
 #include "kernels/cpu/isa.h"
+#include "ops/plan_registry.h"
 
 namespace py = pybind11;
 
@@ -44,6 +45,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastprune's compiled part: build information and the choice of ISA.";
   m.def("build_info", &build_info);
   m.def("isa", [] { return std::string(fastprune::isa_name(fastprune::current_isa())); });
+  m.def("release_plan", &fastprune::release_plan);
+  m.def("plan_bytes", &fastprune::plan_bytes);
   m.def("set_isa", [](const std::string& name) {
     if (!fastprune::set_isa(name.c_str())) {
       throw py::value_error("isa: expected one of " + std::string(fastprune::built_isas()) +

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "kernels/cpu/masked_conv2d.h"
+#include "ops/conv_products.h"
 
 namespace fastprune {
 
@@ -61,79 +61,6 @@ MaskedConv2dCall validate_masked_conv2d(const Tensor& typed, Pair x_sizes, Pair 
 
 namespace {
 
-// The taps of a grid, and the memory behind them.
-struct Taps {
-  std::vector<int64_t> y, x;
-  std::vector<uint8_t> live;
-};
-
-// The grid of the forward product and of the weight gradient: the output's points.
-ConvGrid output_grid(const MaskedConv2dCall& c, Taps* taps) {
-  for (int64_t ky = 0; ky < c.kernel_height; ++ky) {
-    for (int64_t kx = 0; kx < c.kernel_width; ++kx) {
-      taps->y.push_back(ky * c.geometry.dilation[0] - c.geometry.padding[0]);
-      taps->x.push_back(kx * c.geometry.dilation[1] - c.geometry.padding[1]);
-      taps->live.push_back(1);
-    }
-  }
-  ConvGrid g{c.batch,        c.out_height,         c.out_width,          c.height,
-             c.width,        c.geometry.stride[0], c.geometry.stride[1], c.kernel_height,
-             c.kernel_width, taps->y.data(),       taps->x.data(),       taps->live.data()};
-  const bool pointwise = c.shape.taps == 1 && g.step_y == 1 && g.step_x == 1 &&
-                         c.geometry.padding[0] == 0 && c.geometry.padding[1] == 0;
-  if (pointwise) {  // one long row per image: the tiles' copies are whole vectors
-    g.width *= g.height;
-    g.source_width *= g.source_height;
-    g.height = g.source_height = 1;
-  }
-  return g;
-}
-
-// The inputs whose coordinates leave the residue (py, px) modulo the stride, and the taps that
-// reach them (the others are not live).
-void residue_grid(const MaskedConv2dCall& c, int64_t py, int64_t px, Taps* taps, ConvGrid* grid) {
-  const int64_t *stride = c.geometry.stride, *pad = c.geometry.padding,
-                *dilation = c.geometry.dilation;
-  for (int64_t ky = 0; ky < c.kernel_height; ++ky) {
-    for (int64_t kx = 0; kx < c.kernel_width; ++kx) {
-      const int64_t y = py + pad[0] - ky * dilation[0], x = px + pad[1] - kx * dilation[1];
-      const bool live = y % stride[0] == 0 && x % stride[1] == 0;
-      taps->y.push_back(y / stride[0]);
-      taps->x.push_back(x / stride[1]);
-      taps->live.push_back(live ? 1 : 0);
-    }
-  }
-  *grid = ConvGrid{c.batch,
-                   (c.height - py + stride[0] - 1) / stride[0],
-                   (c.width - px + stride[1] - 1) / stride[1],
-                   c.out_height,
-                   c.out_width,
-                   1,
-                   1,
-                   c.kernel_height,
-                   c.kernel_width,
-                   taps->y.data(),
-                   taps->x.data(),
-                   taps->live.data()};
-}
-
-void multiply(MaskedConv2dArgs args) {
-  if (args.pattern.rows == 0 || args.grid.points() == 0) return;
-  const Scratch offset(args.pattern.nnz * 2);
-  const bool strips =
-      FASTPRUNE_PICK(strip_offsets)(args.grid, args.pattern, args.dtype, offset.as<uint16_t>());
-  args.strip_offset = strips ? offset.as<uint16_t>() : nullptr;
-  const Cuts cuts =
-      cut_product(FASTPRUNE_PICK(masked_conv2d_items)(args.grid, args.pattern, args.dtype, strips),
-                  args.pattern.rows);
-  const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(args.grid, args.pattern, args.dtype,
-                                                                strips, cuts.rows_per_part());
-  for_each_cut(cuts, scratch,
-               [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end, void* memory) {
-                 FASTPRUNE_PICK(masked_conv2d)(args, begin, end, row_begin, row_end, memory);
-               });
-}
-
 Tensor masked_conv2d_cpu(const Tensor& x_in, const Tensor& weight_in,
                          const std::optional<Tensor>& bias_in, const Tensor& row_ptr,
                          const Tensor& offset, const Tensor&, const Tensor&, int64_t block_depth,
@@ -149,16 +76,9 @@ Tensor masked_conv2d_cpu(const Tensor& x_in, const Tensor& weight_in,
                              groups, block_depth, transposed_block_depth, op);
   const PatternView pattern = checked_pattern(row_ptr, offset, c.shape, false, op);
   const std::optional<Tensor> bias = checked_bias(bias_in, c.shape.rows, x_in.scalar_type(), op);
-  const Tensor x = dense(x_in), weight = dense(weight_in);
-  const Tensor values = forward_values(pattern, weight, op);
-  Tensor y = torch::stable::new_empty(x, {c.batch, c.shape.rows, c.out_height, c.out_width});
-  Taps taps;
-  const ConvGrid grid = output_grid(c, &taps);
-  multiply(MaskedConv2dArgs{pattern, c.dtype, grid, ConvTarget{grid.height, grid.width, 0, 0, 1, 1},
-                            x.const_data_ptr(), values.const_data_ptr(), nullptr,
-                            bias.has_value() ? bias->const_data_ptr() : nullptr,
-                            y.mutable_data_ptr()});
-  return y;
+  const Tensor values = forward_values(pattern, dense(weight_in), op);
+  return conv_forward(c, ConvWeight{pattern, values.const_data_ptr(), nullptr}, x_in,
+                      Epilogue{bias, std::nullopt, false}, Layout::contiguous);
 }
 
 Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tensor& row_ptr,
@@ -182,39 +102,9 @@ Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tens
   const PatternView forward = checked_pattern(row_ptr, offset, c.shape, false, op);
   const PatternView pattern =
       checked_pattern(transposed_row_ptr, transposed_offset, c.shape, true, op);
-  const Tensor grad = dense(grad_in), weight = dense(weight_in);
-  const Tensor values = transposed_values(forward, pattern, weight, op);
-  Tensor x_grad = torch::stable::new_empty(grad, {c.batch, c.channels, c.height, c.width});
-  const int64_t residues = c.geometry.stride[0] * c.geometry.stride[1];
-  // At stride 1 there is one residue and every tap reaches it; otherwise each residue's product
-  // reads the entries of its own taps only.
-  const bool split = residues > 1;
-  const int64_t bounds = pattern.blocks() * pattern.rows + 1;
-  const Scratch kept_bounds(split ? bounds * 8 : 0), kept_offset(split ? pattern.nnz * 2 : 0);
-  const Scratch kept_values(split ? pattern.nnz * 8 : 0);
-  for (int64_t py = 0; py < c.geometry.stride[0] && py < c.height; ++py) {
-    for (int64_t px = 0; px < c.geometry.stride[1] && px < c.width; ++px) {
-      Taps taps;
-      ConvGrid grid{};
-      PatternView part = pattern;
-      const void* part_values = values.const_data_ptr();
-      residue_grid(c, py, px, &taps, &grid);
-      if (split) {
-        part.row_ptr = kept_bounds.as<int64_t>();
-        part.offset = kept_offset.as<int16_t>();
-        part.nnz = FASTPRUNE_PICK(filter_taps)(
-            pattern, c.dtype, part_values, taps.live.data(),
-            PatternBuffers{kept_bounds.as<int64_t>(), kept_offset.as<int16_t>()},
-            kept_values.as<void>());
-        part_values = kept_values.as<void>();
-      }
-      multiply(MaskedConv2dArgs{
-          part, c.dtype, grid,
-          ConvTarget{c.height, c.width, py, px, c.geometry.stride[0], c.geometry.stride[1]},
-          grad.const_data_ptr(), part_values, nullptr, nullptr, x_grad.mutable_data_ptr()});
-    }
-  }
-  return x_grad;
+  const Tensor values = transposed_values(forward, pattern, dense(weight_in), op);
+  return conv_input_grad(c, ConvWeight{pattern, values.const_data_ptr(), nullptr}, grad_in,
+                         Layout::contiguous);
 }
 
 Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& row_ptr,
@@ -233,31 +123,7 @@ Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& 
   check_size(grad_in, 2, c.out_height, op, "grad");
   check_size(grad_in, 3, c.out_width, op, "grad");
   const PatternView pattern = checked_pattern(row_ptr, offset, c.shape, false, op);
-  const Tensor grad = dense(grad_in), x = dense(x_in);
-  const Tensor values = torch::stable::new_zeros(x, {pattern.nnz}, accumulator_type(c.dtype));
-  Taps taps;
-  MaskedConv2dWeightGradArgs args{pattern,
-                                  c.dtype,
-                                  output_grid(c, &taps),
-                                  grad.const_data_ptr(),
-                                  x.const_data_ptr(),
-                                  nullptr,
-                                  values.mutable_data_ptr()};
-  const Scratch strip_offset(pattern.nnz * 2);
-  const bool strips =
-      FASTPRUNE_PICK(strip_offsets)(args.grid, pattern, c.dtype, strip_offset.as<uint16_t>());
-  args.strip_offset = strips ? strip_offset.as<uint16_t>() : nullptr;
-  const Cuts cuts = cut_rows(pattern.rows);
-  const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(args.grid, pattern, c.dtype, strips,
-                                                                cuts.rows_per_part());
-  for_each_cut(cuts, scratch,
-               [&](int64_t, int64_t, int64_t row_begin, int64_t row_end, void* memory) {
-                 FASTPRUNE_PICK(masked_conv2d_weight_grad)(args, row_begin, row_end, memory);
-               });
-  Tensor weight_grad =
-      torch::stable::new_empty(x, {c.shape.rows, c.shape.depth, c.kernel_height, c.kernel_width});
-  scatter_to_dense(pattern, c.dtype, values, weight_grad);
-  return weight_grad;
+  return conv_weight_grad(c, ConvWeight{pattern, nullptr, nullptr}, grad_in, x_in);
 }
 
 }  // namespace

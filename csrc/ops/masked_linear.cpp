@@ -1,5 +1,7 @@
 #include "ops/masked_linear.h"
 
+#include <cstring>
+
 #include "kernels/cpu/masked_linear.h"
 
 namespace fastprune {
@@ -20,20 +22,26 @@ MaskedLinearCall validate_masked_linear(const Tensor& input, const char* name, c
 
 namespace {
 
-void multiply(const PatternView& pattern, DType dtype, const Tensor& x, const Tensor& values,
-              const std::optional<Tensor>& bias, Tensor& y) {
-  MaskedLinearArgs args{pattern,
-                        dtype,
-                        x.size(0),
-                        x.const_data_ptr(),
-                        values.const_data_ptr(),
-                        bias.has_value() ? bias->const_data_ptr() : nullptr,
-                        y.mutable_data_ptr()};
-  if (pattern.rows == 0 || args.batch == 0) return;
+void multiply(const LinearWeight& w, bool transposed, DType dtype, const Tensor& x,
+              const Epilogue& epilogue, bool from_last, bool to_last,
+              const std::optional<Tensor>& residual, Tensor& y) {
+  const MaskedLinearArgs args{w.pattern,
+                              dtype,
+                              x.size(0),
+                              x.const_data_ptr(),
+                              w.values,
+                              epilogue.bias.has_value() ? epilogue.bias->const_data_ptr() : nullptr,
+                              y.mutable_data_ptr(),
+                              from_last,
+                              to_last,
+                              residual.has_value() ? residual->const_data_ptr() : nullptr,
+                              epilogue.relu};
+  if (w.pattern.rows == 0 || args.batch == 0) return;
   const int64_t tile = FASTPRUNE_PICK(masked_linear_tile)(dtype);
-  const Cuts cuts = cut_product((args.batch + tile - 1) / tile, pattern.rows);
+  Cuts cuts = cut_product((args.batch + tile - 1) / tile, w.pattern.rows);
+  if (w.plan != nullptr && cuts.parts > 1) cuts.bounds = w.plan->balanced(transposed, cuts.parts);
   const int64_t scratch =
-      FASTPRUNE_PICK(masked_linear_scratch)(pattern, dtype, cuts.rows_per_part());
+      FASTPRUNE_PICK(masked_linear_scratch)(w.pattern, dtype, cuts.rows_per_part());
   for_each_cut(cuts, scratch,
                [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end, void* memory) {
                  for (int64_t i = begin; i < end; ++i) {
@@ -41,6 +49,65 @@ void multiply(const PatternView& pattern, DType dtype, const Tensor& x, const Te
                  }
                });
 }
+
+bool is_batch_last_2d(const Tensor& t) {
+  return t.dim() == 2 && t.size(0) > 1 && t.size(1) > 1 && t.stride(0) == 1 &&
+         t.stride(1) == t.size(0);
+}
+
+Tensor new_matrix(const Tensor& like, int64_t n, int64_t c, bool batch_last) {
+  if (!batch_last) return torch::stable::new_empty(like, {n, c});
+  return torch::stable::transpose(torch::stable::new_empty(like, {c, n}), 0, 1);
+}
+
+}  // namespace
+
+Tensor linear_product(const LinearWeight& weight, bool transposed, DType dtype, const Tensor& x_in,
+                      const Epilogue& epilogue, Layout layout) {
+  const bool from_last = is_batch_last_2d(x_in);
+  const bool to_last = layout == Layout::batch_last || (layout == Layout::like_input && from_last);
+  const Tensor x = from_last ? x_in : dense(x_in);
+  Tensor y = new_matrix(x, x.size(0), weight.pattern.rows, to_last);
+  std::optional<Tensor> residual = epilogue.residual;
+  if (residual.has_value()) {
+    if (is_batch_last_2d(*residual) != to_last) {
+      Tensor stored = new_matrix(x, x.size(0), weight.pattern.rows, to_last);
+      torch::stable::copy_(stored, *residual);
+      residual = stored;
+    } else if (!to_last) {
+      residual = dense(*residual);
+    }
+  }
+  multiply(weight, transposed, dtype, x, epilogue, from_last, to_last, residual, y);
+  return y;
+}
+
+Tensor linear_weight_grad(const LinearWeight& weight, DType dtype, const Tensor& grad_in,
+                          const Tensor& x_in) {
+  const PatternView& pattern = weight.pattern;
+  const bool grad_last = is_batch_last_2d(grad_in), x_last = is_batch_last_2d(x_in);
+  const Tensor grad = grad_last ? grad_in : dense(grad_in), x = x_last ? x_in : dense(x_in);
+  const Scratch values(pattern.nnz * 8);
+  std::memset(values.as<void>(), 0, static_cast<size_t>(pattern.nnz * 8));
+  const MaskedLinearWeightGradArgs args{
+      pattern,           dtype,     x.size(0), grad.const_data_ptr(), x.const_data_ptr(),
+      values.as<void>(), grad_last, x_last};
+  Cuts cuts = cut_rows(pattern.rows);
+  if (weight.plan != nullptr && cuts.parts > 1) {
+    cuts.bounds = weight.plan->balanced(false, cuts.parts);
+  }
+  const int64_t scratch =
+      FASTPRUNE_PICK(masked_linear_scratch)(pattern, dtype, cuts.rows_per_part());
+  for_each_cut(cuts, scratch,
+               [&](int64_t, int64_t, int64_t row_begin, int64_t row_end, void* memory) {
+                 FASTPRUNE_PICK(masked_linear_weight_grad)(args, row_begin, row_end, memory);
+               });
+  Tensor weight_grad = torch::stable::new_empty(x, {pattern.rows, pattern.depth});
+  scatter_to_dense(pattern, dtype, values.as<void>(), weight_grad);
+  return weight_grad;
+}
+
+namespace {
 
 Tensor masked_linear_cpu(const Tensor& x_in, const Tensor& weight_in,
                          const std::optional<Tensor>& bias_in, const Tensor& row_ptr,
@@ -51,11 +118,9 @@ Tensor masked_linear_cpu(const Tensor& x_in, const Tensor& weight_in,
       validate_masked_linear(x_in, "x", weight_in, block_depth, transposed_block_depth, false, op);
   const PatternView pattern = checked_pattern(row_ptr, offset, call.shape, false, op);
   const std::optional<Tensor> bias = checked_bias(bias_in, call.shape.rows, x_in.scalar_type(), op);
-  const Tensor x = dense(x_in), weight = dense(weight_in);
-  const Tensor values = forward_values(pattern, weight, op);
-  Tensor y = torch::stable::new_empty(x, {call.batch, call.shape.rows});
-  multiply(pattern, call.dtype, x, values, bias, y);
-  return y;
+  const Tensor values = forward_values(pattern, dense(weight_in), op);
+  return linear_product(LinearWeight{pattern, values.const_data_ptr(), nullptr}, false, call.dtype,
+                        x_in, Epilogue{bias, std::nullopt, false}, Layout::contiguous);
 }
 
 Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tensor& row_ptr,
@@ -68,11 +133,9 @@ Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tens
   const PatternView forward = checked_pattern(row_ptr, offset, call.shape, false, op);
   const PatternView pattern =
       checked_pattern(transposed_row_ptr, transposed_offset, call.shape, true, op);
-  const Tensor grad = dense(grad_in), weight = dense(weight_in);
-  const Tensor values = transposed_values(forward, pattern, weight, op);
-  Tensor x_grad = torch::stable::new_empty(grad, {call.batch, call.shape.depth});
-  multiply(pattern, call.dtype, grad, values, std::nullopt, x_grad);
-  return x_grad;
+  const Tensor values = transposed_values(forward, pattern, dense(weight_in), op);
+  return linear_product(LinearWeight{pattern, values.const_data_ptr(), nullptr}, true, call.dtype,
+                        grad_in, Epilogue{std::nullopt, std::nullopt, false}, Layout::contiguous);
 }
 
 Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& row_ptr,
@@ -87,24 +150,7 @@ Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& 
   const DType dtype = dtype_of(x_in, op, "x");
   const PatternShape shape{grad_in.size(1), 1, x_in.size(1), 1, block_depth, 1};
   const PatternView pattern = checked_pattern(row_ptr, offset, shape, false, op);
-  const Tensor grad = dense(grad_in), x = dense(x_in);
-  const Tensor values = torch::stable::new_zeros(x, {pattern.nnz}, accumulator_type(dtype));
-  MaskedLinearWeightGradArgs args{pattern,
-                                  dtype,
-                                  x.size(0),
-                                  grad.const_data_ptr(),
-                                  x.const_data_ptr(),
-                                  values.mutable_data_ptr()};
-  const Cuts cuts = cut_rows(pattern.rows);
-  const int64_t scratch =
-      FASTPRUNE_PICK(masked_linear_scratch)(pattern, dtype, cuts.rows_per_part());
-  for_each_cut(cuts, scratch,
-               [&](int64_t, int64_t, int64_t row_begin, int64_t row_end, void* memory) {
-                 FASTPRUNE_PICK(masked_linear_weight_grad)(args, row_begin, row_end, memory);
-               });
-  Tensor weight_grad = torch::stable::new_empty(x, {pattern.rows, pattern.depth});
-  scatter_to_dense(pattern, dtype, values, weight_grad);
-  return weight_grad;
+  return linear_weight_grad(LinearWeight{pattern, nullptr, nullptr}, dtype, grad_in, x_in);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Torch side of masked_linear: y = x (W * M)^T + b and its gradients.
 #pragma once
 
-#include "ops/pattern.h"
+#include "ops/product.h"
 
 namespace fastprune {
 
@@ -17,5 +17,13 @@ struct MaskedLinearCall {
 MaskedLinearCall validate_masked_linear(const Tensor& input, const char* name, const Tensor& weight,
                                         int64_t block_depth, int64_t transposed_block_depth,
                                         bool input_has_rows, const char* op);
+
+// The products behind the ops that take raw patterns and those that take plans. `transposed`: the
+// weight's order is that of the transposed pattern (input gradient).
+Tensor linear_product(const LinearWeight& weight, bool transposed, DType dtype, const Tensor& x,
+                      const Epilogue& epilogue, Layout layout);
+// The gradient at the mask, as a dense tensor.
+Tensor linear_weight_grad(const LinearWeight& weight, DType dtype, const Tensor& grad,
+                          const Tensor& x);
 
 }  // namespace fastprune

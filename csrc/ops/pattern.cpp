@@ -150,7 +150,7 @@ Tensor transposed_values(const PatternView& forward, const PatternView& transpos
   void* to = values.mutable_data_ptr();
   std::atomic<bool> agree{true};
   for_each_range(
-      transposed.groups * transposed.blocks(), transposed.rows * 8,
+      transposed.groups * transposed.blocks(), transposed.rows * 16,
       [&](int64_t begin, int64_t end, void* cursor) {
         if (!FASTPRUNE_PICK(gather_transposed_values)(forward, transposed, dtype, from, to,
                                                       static_cast<int64_t*>(cursor), begin, end)) {
@@ -162,13 +162,19 @@ Tensor transposed_values(const PatternView& forward, const PatternView& transpos
   return values;
 }
 
-void scatter_to_dense(const PatternView& forward, DType dtype, const Tensor& values,
+void scatter_to_dense(const PatternView& forward, DType dtype, const void* values,
                       Tensor& weight_grad) {
-  const void* from = values.const_data_ptr();
   void* to = weight_grad.mutable_data_ptr();
-  for_each_range(forward.rows, 0, [&](int64_t begin, int64_t end, void*) {
-    FASTPRUNE_PICK(scatter_values)(forward, dtype, from, to, begin, end);
-  });
+  // Ranges of whole windows of a group, where the rows of the pattern are sorted.
+  const int64_t rows_per_group = forward.rows / forward.groups;
+  const int64_t step = forward.row_at == nullptr ? 1
+                       : forward.groups == 1     ? kRowWindow
+                                                 : rows_per_group;
+  for_each_range((forward.rows + step - 1) / (step < 1 ? 1 : step), 0,
+                 [&](int64_t begin, int64_t end, void*) {
+                   const int64_t last = end * step < forward.rows ? end * step : forward.rows;
+                   FASTPRUNE_PICK(scatter_values)(forward, dtype, values, to, begin * step, last);
+                 });
 }
 
 std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows,
@@ -182,7 +188,7 @@ std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t ro
 }
 
 Cuts cut_product(int64_t items, int64_t rows) {
-  Cuts cuts{items, 1, rows};
+  Cuts cuts{items, 1, rows, {}};
   const int64_t threads = thread_count();
   if (rows > 0 && items > 0 && items < threads) {
     // Every part packs the panel anew: no more parts than threads.
@@ -194,7 +200,7 @@ Cuts cut_product(int64_t items, int64_t rows) {
 
 Cuts cut_rows(int64_t rows) {
   const int64_t threads = thread_count();
-  return Cuts{rows == 0 ? 0 : 1, rows == 0 ? 1 : rows < threads ? rows : threads, rows};
+  return Cuts{rows == 0 ? 0 : 1, rows == 0 ? 1 : rows < threads ? rows : threads, rows, {}};
 }
 
 }  // namespace fastprune

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels/cpu/pattern.h"
 #include "ops/common.h"
@@ -23,7 +24,7 @@ Tensor forward_values(const PatternView& forward, const Tensor& weight, const ch
 Tensor transposed_values(const PatternView& forward, const PatternView& transposed,
                          const Tensor& weight, const char* op);
 // The dense gradient, `weight_sizes` shaped, from the values at the entries: zero elsewhere.
-void scatter_to_dense(const PatternView& forward, DType dtype, const Tensor& values,
+void scatter_to_dense(const PatternView& forward, DType dtype, const void* values,
                       Tensor& weight_grad);
 
 // Bias in the accumulator type, or nothing; checked against the number of rows.
@@ -34,8 +35,18 @@ std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t ro
 // every item's rows in `parts`. The cuts never change a result.
 struct Cuts {
   int64_t items, parts, rows;
-  int64_t rows_per_part() const { return (rows + parts - 1) / parts; }
-  int64_t row_begin(int64_t part) const { return rows * part / parts; }
+  std::vector<int64_t> bounds;  // first rows of the parts, and the end; empty: even parts
+  int64_t row_begin(int64_t part) const {
+    return bounds.empty() ? rows * part / parts : bounds[static_cast<size_t>(part)];
+  }
+  int64_t rows_per_part() const {  // of the longest one
+    int64_t longest = 0;
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t here = row_begin(p + 1) - row_begin(p);
+      longest = here > longest ? here : longest;
+    }
+    return longest;
+  }
 };
 Cuts cut_product(int64_t items, int64_t rows);
 // One part per thread, for weight gradients: a part walks all items itself, in order.
@@ -52,6 +63,7 @@ void for_each_cut(const Cuts& cuts, int64_t scratch_bytes, const F& f) {
                    }
                    for (int64_t i = begin; i < end; ++i) {
                      const int64_t item = i / cuts.parts, part = i % cuts.parts;
+                     if (cuts.row_begin(part) == cuts.row_begin(part + 1)) continue;
                      f(item, item + 1, cuts.row_begin(part), cuts.row_begin(part + 1), memory);
                    }
                  });

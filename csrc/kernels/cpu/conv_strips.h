@@ -9,20 +9,17 @@
 
 #include <cstring>
 
+#include "kernels/cpu/activations.h"
 #include "kernels/cpu/conv_panel.h"
 
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
 
+constexpr int kStripUnit = 16;              // bytes: entries' offsets count in these
 constexpr int kMaxKernel = 16;              // per axis; larger kernels go by points
 constexpr int64_t kPanelBytes = 192 << 10;  // panel and accumulators share a 1 MB L2 cache
 constexpr int64_t kTileRowsBytes = 256 << 10;
 constexpr int64_t kMaxStripVectors = 64;
-
-inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Source rows of one residue modulo the vertical step: panel row `start + i` of a strip that
 // begins at grid row y holds source row (y + i + first) * step_y + residue.

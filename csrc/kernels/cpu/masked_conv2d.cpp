@@ -1,5 +1,7 @@
 #include "kernels/cpu/masked_conv2d.h"
 
+#include <cmath>
+
 #include "kernels/cpu/conv_strips.h"
 
 namespace fastprune::FASTPRUNE_ISA {
@@ -65,8 +67,8 @@ void forward_points(const MaskedConv2dArgs& a, int64_t tile_index, int64_t row_b
       if (row_ptr[begin] == row_ptr[end]) continue;
       pack(packer, scattered, static_cast<const S*>(a.source), group * p.depth + b * p.block_depth,
            p.depth_of(b), panel);
-      product(PanelRows<T>{row_ptr, begin, end, p.offset, panel, tile_rows},
-              static_cast<const T*>(a.values), t.tile);
+      panel_product(rows_of(p, b, begin, end, tile_rows), panel, t.tile,
+                    static_cast<const T*>(a.values));
     }
     write_points<S>(a, t, tile_rows, begin, end);
   });
@@ -103,8 +105,8 @@ void weight_grad_points(const MaskedConv2dWeightGradArgs& a, int64_t row_begin, 
         if (row_ptr[begin] == row_ptr[end]) continue;
         pack(packer, scattered, static_cast<const S*>(a.source),
              group * p.depth + b * p.block_depth, p.depth_of(b), panel);
-        sampled(PanelRows<T>{row_ptr, begin, end, p.offset, panel, tile_rows},
-                static_cast<T*>(a.values_grad), t.tile);
+        panel_sampled(rows_of(p, b, begin, end, tile_rows), panel, t.tile,
+                      static_cast<T*>(a.values_grad));
       }
     });
   }
@@ -139,15 +141,15 @@ inline void for_each_tile(int64_t vectors, F f) {
 }
 
 template <typename T>
-inline StripRows<T> strip_rows(const StripLayout& l, const T* panel, int64_t first, int width) {
-  StripRows<T> rows{};
+inline void place_strip(const StripLayout& l, const T* panel, int64_t first, int width,
+                        TileRows<T>* tile) {
+  TileRows<T>& rows = *tile;
   rows.contiguous = true;
   for (int v = 0; v < width; ++v) {
     const int64_t image = (first + v) / l.vectors, place = (first + v) % l.vectors;
     rows.base[v] = panel + image * l.panel_rows * l.pitch + place * kLanes<T>;
     rows.contiguous = rows.contiguous && rows.base[v] == rows.base[0] + v * kLanes<T>;
   }
-  return rows;
 }
 
 // Copies the output lines of the rows [begin, end) from the tiles to the target.
@@ -212,13 +214,10 @@ void forward_strips(const MaskedConv2dArgs& a, const StripLayout& l, int64_t ite
       packer->pack(s, static_cast<const S*>(a.source), group * p.depth + b * p.block_depth,
                    p.depth_of(b), memory.panel);
       for_each_tile<T>(vectors, [&](int64_t v, int width) {
-        StripRows<T> rows = strip_rows(l, memory.panel, v, width);
-        rows.row_ptr = row_ptr;
-        rows.begin = begin;
-        rows.end = end;
-        rows.offset = a.strip_offset;
-        rows.tile_rows = memory.tile_rows + v * count * kLanes<T>;
-        strip_product(rows, static_cast<const T*>(a.values), width);
+        TileRows<T> rows = rows_of(p, b, begin, end, memory.tile_rows + v * count * kLanes<T>);
+        rows.offset = a.panel_offset;
+        place_strip(l, memory.panel, v, width, &rows);
+        product<T, kStripUnit>(rows, static_cast<const T*>(a.values), width);
       });
     }
     write_strip<S>(a, l, s, memory, begin, end);
@@ -255,8 +254,8 @@ void read_strip(const MaskedConv2dWeightGradArgs& a, const StripLayout& l, const
 // Masks of the lanes of a tile that are grid points, or null when every row of the strip that the
 // tile covers is one (lanes past a row's end are zeros in the panel).
 template <typename T>
-const typename StripRows<T>::Bits* live_lanes(const StripLayout& l, const Strip& s, int64_t first,
-                                              int width, typename StripRows<T>::Bits* bits) {
+const typename TileRows<T>::Bits* live_lanes(const StripLayout& l, const Strip& s, int64_t first,
+                                             int width, typename TileRows<T>::Bits* bits) {
   constexpr int64_t W = kLanes<T>;
   bool all = true;
   for (int64_t i = 0; i < width * W; ++i) {
@@ -286,15 +285,13 @@ void weight_grad_strips(const MaskedConv2dWeightGradArgs& a, const StripLayout& 
         packer.pack(s, static_cast<const S*>(a.source), group * p.depth + b * p.block_depth,
                     p.depth_of(b), memory.panel);
         for_each_tile<T>(vectors, [&](int64_t v, int width) {
-          typename StripRows<T>::Bits bits[kMaxTileVectors * kLanes<T>];
-          StripRows<T> rows = strip_rows(l, memory.panel, v, width);
-          rows.row_ptr = row_ptr;
-          rows.begin = begin;
-          rows.end = end;
-          rows.offset = a.strip_offset;
-          rows.tile_rows = memory.tile_rows + v * (end - begin) * kLanes<T>;
+          typename TileRows<T>::Bits bits[kMaxTileVectors * kLanes<T>];
+          TileRows<T> rows =
+              rows_of(p, b, begin, end, memory.tile_rows + v * (end - begin) * kLanes<T>);
+          rows.offset = a.panel_offset;
           rows.live = live_lanes<T>(l, s, v, width, bits);
-          strip_sampled(rows, static_cast<T*>(a.values_grad), width);
+          place_strip(l, memory.panel, v, width, &rows);
+          sampled<T, kStripUnit>(rows, static_cast<T*>(a.values_grad), width);
         });
       }
     });
@@ -306,7 +303,10 @@ void forward(const MaskedConv2dArgs& a, int64_t begin, int64_t end, int64_t row_
              int64_t row_end, void* scratch) {
   using T = Accumulator<S>;
   T* memory = static_cast<T*>(scratch);
-  if (a.strip_offset == nullptr) {
+  if (a.way == ConvWay::lanes) {
+    return masked_conv2d_lanes(a, begin, end, row_begin, row_end, scratch);
+  }
+  if (a.way == ConvWay::points) {
     for (int64_t i = begin; i < end; ++i) forward_points<S>(a, i, row_begin, row_end, memory);
     return;
   }
@@ -324,7 +324,10 @@ void weight_grad(const MaskedConv2dWeightGradArgs& a, int64_t row_begin, int64_t
                  void* scratch) {
   using T = Accumulator<S>;
   T* memory = static_cast<T*>(scratch);
-  if (a.strip_offset == nullptr) {
+  if (a.way == ConvWay::lanes) {
+    return masked_conv2d_lanes_weight_grad(a, row_begin, row_end, scratch);
+  }
+  if (a.way == ConvWay::points) {
     weight_grad_points<S>(a, row_begin, row_end, memory);
     return;
   }
@@ -357,6 +360,25 @@ bool translate(const ConvGrid& g, const PatternView& p, uint16_t* offset) {
   return true;
 }
 
+// Lanes in use: of a strip's rows, and of the batch in the lanes.
+template <typename T>
+bool prefers_lanes(const ConvGrid& g, const PatternView& p) {
+  const double W = kLanes<T>;
+  const double filled =
+      static_cast<double>(g.batch) / (std::ceil(static_cast<double>(g.batch) / W) * W);
+  StripLayout l;
+  if (!lay_out_strips<T>(g, p, &l)) return filled >= 0.5;
+  const double pitch = static_cast<double>(l.pitch);
+  const double aligned = l.pitch % kLanes<T> == 0 ? 1.0 : 0.7;
+  return filled > 0.8 * aligned * static_cast<double>(g.width) / pitch;
+}
+
+template <typename T>
+ConvWay way_of(const ConvGrid& g, const PatternView& p, DType dtype, bool lanes, uint16_t* offset) {
+  if ((lanes || prefers_lanes<T>(g, p)) && lane_offsets(g, p, dtype, offset)) return ConvWay::lanes;
+  return translate<T>(g, p, offset) ? ConvWay::strips : ConvWay::points;
+}
+
 template <typename T>
 int64_t items_of(const ConvGrid& g, const PatternView& p, bool strips) {
   if (!strips) return ceil_div(g.points(), kTile<T>);
@@ -377,16 +399,22 @@ int64_t scratch_of(const ConvGrid& g, const PatternView& p, bool strips, int64_t
 
 }  // namespace
 
-bool strip_offsets(const ConvGrid& g, const PatternView& p, DType dtype, uint16_t* offset) {
-  return dtype == DType::f64 ? translate<double>(g, p, offset) : translate<float>(g, p, offset);
+ConvWay conv_way(const ConvGrid& g, const PatternView& p, DType dtype, bool lanes,
+                 uint16_t* offset) {
+  return dtype == DType::f64 ? way_of<double>(g, p, dtype, lanes, offset)
+                             : way_of<float>(g, p, dtype, lanes, offset);
 }
 
-int64_t masked_conv2d_items(const ConvGrid& g, const PatternView& p, DType dtype, bool strips) {
+int64_t masked_conv2d_items(const ConvGrid& g, const PatternView& p, DType dtype, ConvWay way) {
+  if (way == ConvWay::lanes) return lane_sizes(g, p, dtype).items;
+  const bool strips = way == ConvWay::strips;
   return dtype == DType::f64 ? items_of<double>(g, p, strips) : items_of<float>(g, p, strips);
 }
 
-int64_t masked_conv2d_scratch(const ConvGrid& g, const PatternView& p, DType dtype, bool strips,
+int64_t masked_conv2d_scratch(const ConvGrid& g, const PatternView& p, DType dtype, ConvWay way,
                               int64_t rows) {
+  if (way == ConvWay::lanes) return lane_sizes(g, p, dtype).scratch;
+  const bool strips = way == ConvWay::strips;
   return dtype == DType::f64 ? scratch_of<double>(g, p, strips, rows)
                              : scratch_of<float>(g, p, strips, rows);
 }

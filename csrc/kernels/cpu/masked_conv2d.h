@@ -1,14 +1,17 @@
 // 2-d convolution with an unstructured mask on the weight, and its gradients, over packed patterns.
 //
 // Convolution is the product of masked_linear.h with pixels in place of batch entries. There are
-// two ways to pack the activations: strips of whole rows (conv_strips.h), where a kernel tap is one
-// constant offset; and tiles of single points (conv_panel.h) for pointwise kernels and for maps too
-// small for strips, with one panel row per channel and tap.
+// three ways to pack the activations: strips of whole rows (conv_strips.h), where a kernel tap is
+// one constant offset; the same with the batch in the lanes (conv_lanes.h), for batches that fill a
+// vector; and tiles of single points (conv_panel.h) for pointwise kernels and for maps too small
+// for strips, with one panel row per channel and tap.
 #pragma once
 
 #include "kernels/cpu/pattern.h"
 
 namespace fastprune {
+
+enum class ConvWay : int { points, strips, lanes };
 
 // Where each tap reads. A grid of `height` x `width` points per image is walked; tap t of point
 // (y, x) reads source pixel (y * step_y + tap_y[t], x * step_x + tap_x[t]), zero when outside.
@@ -42,9 +45,14 @@ struct MaskedConv2dArgs {
   ConvTarget place;
   const void* source;  // batch x (groups * depth) x source_height x source_width, contiguous
   const void* values;  // accumulator type, in the pattern's order
-  const uint16_t* strip_offset;  // from strip_offsets(), or null to go by points
+  ConvWay way;
+  const uint16_t* panel_offset;  // from conv_way(); null for points
   const void* bias;              // pattern.rows values of the accumulator type, or null
   void* target;                  // batch x rows x place.height x place.width, contiguous
+  // Only where the way is lanes: the tensor is stored (channel, y, x, batch) instead.
+  bool source_batch_last, target_batch_last;
+  const void* residual;  // added to the rounded result, stored as the target; or null
+  bool relu;             // then applied
 };
 
 // values_grad[e] = sum over the grid's points of grad[row] * source at the entry's channel and tap.
@@ -54,25 +62,42 @@ struct MaskedConv2dWeightGradArgs {
   ConvGrid grid;
   const void* grad;  // batch x rows x height x width, contiguous
   const void* source;
-  const uint16_t* strip_offset;
+  ConvWay way;
+  const uint16_t* panel_offset;
   void* values_grad;  // accumulator type, zero at the start
+  bool grad_batch_last, source_batch_last;
+};
+
+// Independent items of a product, and bytes of scratch for one thread, aligned to 64.
+struct LaneSizes {
+  int64_t items, scratch;
 };
 
 FASTPRUNE_PER_ISA(
-    // True when the call goes by strips; offset (pattern.nnz values) then says where in the panel
-    // each entry reads.
-    bool strip_offsets(const ConvGrid& grid, const PatternView& pattern, DType dtype,
-                       uint16_t* offset);
+    // How a call packs its activations; offset (pattern.nnz values) then says where in the panel
+    // each entry reads. `lanes` asks for the batch in the lanes whatever the sizes.
+    ConvWay conv_way(const ConvGrid& grid, const PatternView& pattern, DType dtype, bool lanes,
+                     uint16_t* offset);
     // Independent items of a product, and bytes of scratch, aligned to 64, for `rows` rows of one.
     int64_t masked_conv2d_items(const ConvGrid& grid, const PatternView& pattern, DType dtype,
-                                bool strips);
+                                ConvWay way);
     int64_t masked_conv2d_scratch(const ConvGrid& grid, const PatternView& pattern, DType dtype,
-                                  bool strips, int64_t rows);
+                                  ConvWay way, int64_t rows);
     // Rows [row_begin, row_end) of the target for the items [begin, end).
     void masked_conv2d(const MaskedConv2dArgs& args, int64_t begin, int64_t end, int64_t row_begin,
                        int64_t row_end, void* scratch);
     // The entries of the rows [row_begin, row_end), over all grid points in order.
     void masked_conv2d_weight_grad(const MaskedConv2dWeightGradArgs& args, int64_t row_begin,
-                                   int64_t row_end, void* scratch);)
+                                   int64_t row_end, void* scratch);
+    // Whether a call can have the batch in the lanes.
+    bool lanes_fit(const ConvGrid& grid, const PatternView& pattern, DType dtype);
+    // The same for the batch in the lanes; called by the functions above.
+    bool lane_offsets(const ConvGrid& grid, const PatternView& pattern, DType dtype,
+                      uint16_t* offset);
+    LaneSizes lane_sizes(const ConvGrid& grid, const PatternView& pattern, DType dtype);
+    void masked_conv2d_lanes(const MaskedConv2dArgs& args, int64_t begin, int64_t end,
+                             int64_t row_begin, int64_t row_end, void* scratch);
+    void masked_conv2d_lanes_weight_grad(const MaskedConv2dWeightGradArgs& args, int64_t row_begin,
+                                         int64_t row_end, void* scratch);)
 
 }  // namespace fastprune

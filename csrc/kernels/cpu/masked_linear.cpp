@@ -1,43 +1,10 @@
 #include "kernels/cpu/masked_linear.h"
 
+#include "kernels/cpu/activations.h"
 #include "kernels/cpu/panel.h"
 
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
-
-// A vector of n <= W widened elements, zeros behind them.
-template <typename S>
-inline Vec<Accumulator<S>> load_widened(const S* p, int n) {
-  using T = Accumulator<S>;
-  constexpr int W = kLanes<T>;
-  alignas(kVectorBytes) T lanes[W];
-  if (n == W) {
-    if constexpr (sizeof(S) == sizeof(T)) return load(reinterpret_cast<const T*>(p));
-    for (int j = 0; j < W; ++j) lanes[j] = widen(p[j]);
-  } else {
-    for (int j = 0; j < W; ++j) lanes[j] = j < n ? widen(p[j]) : T(0);
-  }
-  return load(lanes);
-}
-
-template <typename S>
-inline void store_narrowed(S* p, Vec<Accumulator<S>> v, int n) {
-  using T = Accumulator<S>;
-  constexpr int W = kLanes<T>;
-  if constexpr (sizeof(S) == sizeof(T)) {
-    if (n == W) {
-      store(reinterpret_cast<T*>(p), v);
-      return;
-    }
-  }
-  alignas(kVectorBytes) T lanes[W];
-  store(lanes, v);
-  if (n == W) {
-    for (int j = 0; j < W; ++j) p[j] = narrow<S>(lanes[j]);
-  } else {
-    for (int j = 0; j < n; ++j) p[j] = narrow<S>(lanes[j]);
-  }
-}
 
 // panel[k * tile + j] = source[j * stride + k] for j < n, 0 for n <= j < tile.
 template <typename S>
@@ -50,6 +17,14 @@ void pack_transposed(const S* source, int64_t stride, int n, int64_t k_count, in
     for (int64_t k = 0; k < k_count; k += W) {
       const int wide = k_count - k < W ? static_cast<int>(k_count - k) : W;
       Vec<T> block[W];
+      if (here == W && wide == W) {  // unrolled, so that the block stays in registers
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = load_widened(source + (j + i) * stride + k, W);
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(panel + (k + i) * tile + j, block[i]);
+        continue;
+      }
       for (int i = 0; i < W; ++i) {
         block[i] = i < here ? load_widened(source + (j + i) * stride + k, wide) : Vec<T>{};
       }
@@ -59,10 +34,49 @@ void pack_transposed(const S* source, int64_t stride, int n, int64_t k_count, in
   }
 }
 
-// target[j * stride + r] = rows[r * tile + j] for j < n.
+// panel[k * tile + j] = source[k * stride + j] for j < n, 0 for n <= j < tile.
+template <typename S>
+void pack_rows(const S* source, int64_t stride, int n, int64_t k_count, int tile,
+               Accumulator<S>* panel) {
+  using T = Accumulator<S>;
+  constexpr int W = kLanes<T>;
+  for (int64_t k = 0; k < k_count; ++k, source += stride, panel += tile) {
+    for (int j = 0; j < tile; j += W) {
+      const int here = n - j < W ? n - j : W;
+      store(panel + j, here > 0 ? load_widened(source + j, here) : Vec<T>{});
+    }
+  }
+}
+
+// Activations of the tile's n batch entries from column `first` on, whichever way they are stored.
+template <typename S>
+void pack_tile(const S* source, bool transposed, int64_t batch, int64_t columns, int64_t tile_first,
+               int n, int64_t first, int64_t count, int tile, Accumulator<S>* panel) {
+  if (transposed) {
+    pack_rows(source + first * batch + tile_first, batch, n, count, tile, panel);
+  } else {
+    pack_transposed(source + tile_first * columns + first, columns, n, count, tile, panel);
+  }
+}
+
+// target[r * stride + j] = rows[r * tile + j] for j < n, finished.
+template <typename S>
+void write_rows(const Accumulator<S>* rows, int64_t row_count, int tile, int n, S* target,
+                const S* residual, bool relu, int64_t stride) {
+  constexpr int W = kLanes<Accumulator<S>>;
+  for (int64_t r = 0; r < row_count; ++r) {
+    for (int j = 0; j < n; j += W) {
+      const int64_t at = r * stride + j;
+      finish_vector<S>(load(rows + r * tile + j), target + at,
+                       residual == nullptr ? nullptr : residual + at, relu, n - j < W ? n - j : W);
+    }
+  }
+}
+
+// target[j * stride + r] = rows[r * tile + j] for j < n, finished.
 template <typename S>
 void write_transposed(const Accumulator<S>* rows, int64_t row_count, int tile, int n, S* target,
-                      int64_t stride) {
+                      const S* residual, bool relu, int64_t stride) {
   using T = Accumulator<S>;
   constexpr int W = kLanes<T>;
   for (int64_t r = 0; r < row_count; r += W) {
@@ -70,11 +84,25 @@ void write_transposed(const Accumulator<S>* rows, int64_t row_count, int tile, i
     for (int j = 0; j < n; j += W) {
       const int here = n - j < W ? n - j : W;
       Vec<T> block[W];
+      if (high == W && here == W && residual == nullptr) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) block[i] = load(rows + (r + i) * tile + j);
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) {
+          finish_vector<S>(block[i], target + (j + i) * stride + r, nullptr, relu, W);
+        }
+        continue;
+      }
       for (int i = 0; i < W; ++i) {
         block[i] = i < high ? load(rows + (r + i) * tile + j) : Vec<T>{};
       }
       transpose<T>(block);
-      for (int i = 0; i < here; ++i) store_narrowed(target + (j + i) * stride + r, block[i], high);
+      for (int i = 0; i < here; ++i) {
+        const int64_t at = (j + i) * stride + r;
+        finish_vector<S>(block[i], target + at, residual == nullptr ? nullptr : residual + at, relu,
+                         high);
+      }
     }
   }
 }
@@ -90,17 +118,25 @@ void forward(const MaskedLinearArgs& a, int64_t tile_index, int64_t row_begin, i
   const int tile = tile_for<T>(n);
   T* panel = scratch;
   T* tile_rows = scratch + p.block_cols() * tile;
-  const S* x = static_cast<const S*>(a.x) + first * p.cols();
+  const S* x = static_cast<const S*>(a.x);
   start_rows(tile_rows, static_cast<const T*>(a.bias), row_begin, row_end, tile);
   for (int64_t b = 0; b < p.blocks(); ++b) {
     const int64_t* row_ptr = p.row_ptr + b * p.rows;
     if (row_ptr[row_begin] == row_ptr[row_end]) continue;
-    pack_transposed(x + b * p.block_cols(), p.cols(), n, p.depth_of(b) * p.taps, tile, panel);
-    product(PanelRows<T>{row_ptr, row_begin, row_end, p.offset, panel, tile_rows},
-            static_cast<const T*>(a.values), tile);
+    pack_tile(x, a.x_transposed, a.batch, p.cols(), first, n, b * p.block_cols(), p.depth_of(b),
+              tile, panel);
+    panel_product(rows_of(p, b, row_begin, row_end, tile_rows), panel, tile,
+                  static_cast<const T*>(a.values));
   }
-  write_transposed(tile_rows, row_end - row_begin, tile, n,
-                   static_cast<S*>(a.y) + first * p.rows + row_begin, p.rows);
+  S* y = static_cast<S*>(a.y);
+  const S* residual = static_cast<const S*>(a.residual);
+  const int64_t at = a.y_transposed ? row_begin * a.batch + first : first * p.rows + row_begin;
+  const S* added = residual == nullptr ? nullptr : residual + at;
+  if (a.y_transposed) {
+    write_rows(tile_rows, row_end - row_begin, tile, n, y + at, added, a.relu, a.batch);
+  } else {
+    write_transposed(tile_rows, row_end - row_begin, tile, n, y + at, added, a.relu, p.rows);
+  }
 }
 
 template <typename S>
@@ -114,15 +150,16 @@ void weight_grad(const MaskedLinearWeightGradArgs& a, int64_t row_begin, int64_t
     const int tile = tile_for<T>(n);
     T* panel = scratch;
     T* tile_rows = scratch + p.block_cols() * tile;
-    const S* grad = static_cast<const S*>(a.grad) + first * p.rows + row_begin;
-    const S* x = static_cast<const S*>(a.x) + first * p.cols();
-    pack_transposed(grad, p.rows, n, row_end - row_begin, tile, tile_rows);
+    const S *grad = static_cast<const S*>(a.grad), *x = static_cast<const S*>(a.x);
+    pack_tile(grad, a.grad_transposed, a.batch, p.rows, first, n, row_begin, row_end - row_begin,
+              tile, tile_rows);
     for (int64_t b = 0; b < p.blocks(); ++b) {
       const int64_t* row_ptr = p.row_ptr + b * p.rows;
       if (row_ptr[row_begin] == row_ptr[row_end]) continue;
-      pack_transposed(x + b * p.block_cols(), p.cols(), n, p.depth_of(b) * p.taps, tile, panel);
-      sampled(PanelRows<T>{row_ptr, row_begin, row_end, p.offset, panel, tile_rows},
-              static_cast<T*>(a.values_grad), tile);
+      pack_tile(x, a.x_transposed, a.batch, p.cols(), first, n, b * p.block_cols(), p.depth_of(b),
+                tile, panel);
+      panel_sampled(rows_of(p, b, row_begin, row_end, tile_rows), panel, tile,
+                    static_cast<T*>(a.values_grad));
     }
   }
 }

@@ -15,6 +15,9 @@ struct MaskedLinearArgs {
   const void* values;  // accumulator type (float, or double for f64), in the pattern's order
   const void* bias;    // pattern.rows values of the accumulator type, or null
   void* y;             // batch x pattern.rows, contiguous
+  bool x_transposed, y_transposed;  // stored cols x batch, rows x batch instead
+  const void* residual;             // added to the rounded result, stored as y; or null
+  bool relu;                        // then applied
 };
 
 // values_grad[e] = sum over the batch of grad[n, r] * x[n, c] at the entries (r, c).
@@ -22,9 +25,10 @@ struct MaskedLinearWeightGradArgs {
   PatternView pattern;
   DType dtype;  // of grad and x
   int64_t batch;
-  const void* grad;   // batch x pattern.rows, contiguous
-  const void* x;      // batch x pattern.cols(), contiguous
-  void* values_grad;  // accumulator type, zero at the start
+  const void* grad;                    // batch x pattern.rows, contiguous
+  const void* x;                       // batch x pattern.cols(), contiguous
+  void* values_grad;                   // accumulator type, zero at the start
+  bool grad_transposed, x_transposed;  // stored rows x batch, cols x batch instead
 };
 
 FASTPRUNE_PER_ISA(

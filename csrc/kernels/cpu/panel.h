@@ -1,21 +1,24 @@
-// The two inner loops of every sparse product, over packed panels.
+// The two inner loops of every sparse product, over packed panels of activations.
 //
-// A panel holds, for each column k of one block of the weight, kTile consecutive activations
-// (batch entries or pixels): panel[k * kTile + j]. The block is small enough to stay in L1, so that
-// a nonzero costs one broadcast and kTile / lanes FMAs with an L1 operand.
+// A register tile is V vectors of activations (batch entries or pixels); the panel holds such a
+// tile for every column of one block of the weight, at the column's offset. The block is small
+// enough to stay in L1, so that a nonzero costs one broadcast and V FMAs with an L1 operand.
 #pragma once
 
+#include <cstring>
+
+#include "kernels/cpu/pattern.h"
 #include "kernels/cpu/simd.h"
 
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
 
-// Widest tile, in bytes: 64 floats or 32 doubles, whatever the ISA.
-constexpr int kTileBytes = 256;
+// Widest tile of a panel, in bytes: 64 floats, or what eight vectors hold.
+constexpr int kTileBytes = 8 * kVectorBytes < 256 ? 8 * kVectorBytes : 256;
 template <typename T>
 constexpr int kTile = kTileBytes / static_cast<int>(sizeof(T));
 
-// Narrowest tile (256, 128 or 64 bytes) that holds n activations.
+// Narrowest tile (kTileBytes, half or a quarter of it, at least 64 bytes) that holds n activations.
 template <typename T>
 inline int tile_for(int64_t n) {
   int tile = kTile<T>;
@@ -23,46 +26,154 @@ inline int tile_for(int64_t n) {
   return tile;
 }
 
+// Vectors of a register tile: V accumulators per row, of two rows at a time where registers allow.
+constexpr int kMaxTileVectors = 8;
+#if defined(__AVX512F__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
+
+// The rows of one block of a pattern against one register tile of activations.
 template <typename T>
-struct PanelRows {
-  const int64_t* row_ptr;  // of this block: row r has entries [row_ptr[r], row_ptr[r + 1])
-  int64_t begin, end;      // rows
-  const int16_t* offset;
-  const T* panel;  // aligned to 64 bytes
-  T* tile_rows;    // row r at tile_rows + (r - begin) * tile; aligned to 64 bytes
+struct TileRows {
+  using Bits = typename SignedOf<sizeof(T)>::type;
+
+  const int64_t* row_ptr;  // of this block: place i has the entries [row_ptr[i], row_ptr[i + 1])
+  const int32_t* row_at;   // of this block: the row at place i; null where it is i itself
+  int64_t begin, end;      // places
+  int64_t first_row;       // the row that tile_rows starts with
+  const uint16_t* offset;  // per entry, in units of `Unit` bytes
+  const T* base[kMaxTileVectors];  // offset 0, per vector of the tile
+  bool contiguous;                 // base[v] = base[0] + v * lanes
+  T* tile_rows;      // row r at tile_rows + (r - first_row) * V * lanes; aligned to 64 bytes
+  const Bits* live;  // V * lanes masks of the lanes that are points; null when all are
+
+  T* row(int64_t place, int64_t stride) const {
+    return tile_rows + ((row_at == nullptr ? place : row_at[place]) - first_row) * stride;
+  }
 };
 
-// tile_rows[r] += sum over the entries of r of values[e] * panel[offset[e]].
-template <typename T, int Tile>
-void product_rows(const PanelRows<T>& a, const T* values) {
-  constexpr int W = kLanes<T>;
-  constexpr int V = Tile / W < 8 ? Tile / W : 8;  // accumulators held in registers
-  for (int64_t r = a.begin; r < a.end; ++r) {
-    const int64_t first = a.row_ptr[r], last = a.row_ptr[r + 1];
-    if (first == last) continue;
-    T* out = a.tile_rows + (r - a.begin) * Tile;
-    for (int part = 0; part < Tile; part += V * W) {
-      Vec<T> sum[V];
-      for (int v = 0; v < V; ++v) sum[v] = load(out + part + v * W);
-      for (int64_t e = first; e < last; ++e) {
-        const T* x = a.panel + static_cast<int64_t>(a.offset[e]) * Tile + part;
-        const Vec<T> w = broadcast(values[e]);
-        for (int v = 0; v < V; ++v) sum[v] += w * load(x + v * W);
-      }
-      for (int v = 0; v < V; ++v) store(out + part + v * W, sum[v]);
+template <typename T, int V, int Unit, bool Contiguous>
+struct TileProduct {
+  static constexpr int W = kLanes<T>;
+  static constexpr int64_t kUnit = Unit / static_cast<int64_t>(sizeof(T));
+  const T* base[V];
+
+  explicit TileProduct(const TileRows<T>& a) {
+    for (int v = 0; v < V; ++v) base[v] = a.base[v];
+  }
+  inline Vec<T> x(int64_t offset, int v) const {
+    return Contiguous ? load(base[0] + offset * kUnit + v * W) : load(base[v] + offset * kUnit);
+  }
+  inline void add(Vec<T>* sum, int64_t offset, T value) const {
+    const Vec<T> w = broadcast(value);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[v] += w * x(offset, v);
+  }
+  // Four entries, whose offsets come in one load: loads are what the loop is bound by.
+  inline void add_four(Vec<T>* sum, uint64_t offsets, const T* values) const {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      add(sum, static_cast<int64_t>((offsets >> (16 * k)) & 0xffff), values[k]);
     }
+  }
+  static inline uint64_t four(const uint16_t* offset) {
+    uint64_t word;
+    std::memcpy(&word, offset, sizeof(word));
+    if constexpr (__BYTE_ORDER__ == __ORDER_BIG_ENDIAN__) {
+      word = offset[0] | uint64_t{offset[1]} << 16 | uint64_t{offset[2]} << 32 |
+             uint64_t{offset[3]} << 48;
+    }
+    return word;
+  }
+  inline void add_range(Vec<T>* sum, const uint16_t* offset, const T* values, int64_t i,
+                        int64_t n) const {
+    for (; i + 4 <= n; i += 4) add_four(sum, four(offset + i), values + i);
+    for (; i < n; ++i) add(sum, offset[i], values[i]);
+  }
+};
+
+// tile_rows[r] += sum over the entries of r of values[e] * x[offset[e]].
+//
+// Two rows run at once: one row alone is a chain of dependent additions, V of them in flight, which
+// hides too little of their latency. A row's sum is made in the order of its entries either way.
+template <typename T, int V, int Unit, bool Contiguous>
+void product_rows(const TileRows<T>& a, const T* values) {
+  constexpr int W = kLanes<T>;
+  constexpr bool kPairs = 2 * V + 3 <= kVectorRegisters;
+  const TileProduct<T, V, Unit, Contiguous> tile(a);
+  int64_t i = a.begin;
+  if constexpr (kPairs) {
+    for (; i + 1 < a.end; i += 2) {
+      const int64_t e0 = a.row_ptr[i], e1 = a.row_ptr[i + 1], e2 = a.row_ptr[i + 2];
+      if (e0 == e2) continue;
+      T *out0 = a.row(i, V * W), *out1 = a.row(i + 1, V * W);
+      Vec<T> sum0[V], sum1[V];
+      for (int v = 0; v < V; ++v) sum0[v] = load(out0 + v * W);
+      for (int v = 0; v < V; ++v) sum1[v] = load(out1 + v * W);
+      const uint16_t *o0 = a.offset + e0, *o1 = a.offset + e1;
+      const T *w0 = values + e0, *w1 = values + e1;
+      const int64_t n0 = e1 - e0, n1 = e2 - e1, both = n0 < n1 ? n0 : n1;
+      int64_t k = 0;
+      for (; k + 4 <= both; k += 4) {
+        const uint64_t four0 = tile.four(o0 + k), four1 = tile.four(o1 + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          tile.add(sum0, static_cast<int64_t>((four0 >> (16 * j)) & 0xffff), w0[k + j]);
+          tile.add(sum1, static_cast<int64_t>((four1 >> (16 * j)) & 0xffff), w1[k + j]);
+        }
+      }
+      for (; k < both; ++k) {
+        tile.add(sum0, o0[k], w0[k]);
+        tile.add(sum1, o1[k], w1[k]);
+      }
+      tile.add_range(sum0, o0, w0, k, n0);
+      tile.add_range(sum1, o1, w1, k, n1);
+      for (int v = 0; v < V; ++v) store(out0 + v * W, sum0[v]);
+      for (int v = 0; v < V; ++v) store(out1 + v * W, sum1[v]);
+    }
+  }
+  for (; i < a.end; ++i) {
+    const int64_t first = a.row_ptr[i], last = a.row_ptr[i + 1];
+    if (first == last) continue;
+    T* out = a.row(i, V * W);
+    Vec<T> sum[V];
+    for (int v = 0; v < V; ++v) sum[v] = load(out + v * W);
+    tile.add_range(sum, a.offset + first, values + first, 0, last - first);
+    for (int v = 0; v < V; ++v) store(out + v * W, sum[v]);
   }
 }
 
-template <typename T>
-inline void product(const PanelRows<T>& a, const T* values, int tile) {
-  constexpr int widest = kTile<T>;
-  if (tile == widest) {
-    product_rows<T, widest>(a, values);
-  } else if (tile == widest / 2) {
-    product_rows<T, widest / 2>(a, values);
+template <typename T, int V, int Unit>
+inline void product_of(const TileRows<T>& a, const T* values) {
+  if (a.contiguous) {
+    product_rows<T, V, Unit, true>(a, values);
   } else {
-    product_rows<T, widest / 4>(a, values);
+    product_rows<T, V, Unit, false>(a, values);
+  }
+}
+
+// `vectors`: 1 to 8.
+template <typename T, int Unit>
+inline void product(const TileRows<T>& a, const T* values, int vectors) {
+  switch (vectors) {
+    case 8:
+      return product_of<T, 8, Unit>(a, values);
+    case 7:
+      return product_of<T, 7, Unit>(a, values);
+    case 6:
+      return product_of<T, 6, Unit>(a, values);
+    case 5:
+      return product_of<T, 5, Unit>(a, values);
+    case 4:
+      return product_of<T, 4, Unit>(a, values);
+    case 3:
+      return product_of<T, 3, Unit>(a, values);
+    case 2:
+      return product_of<T, 2, Unit>(a, values);
+    default:
+      return product_of<T, 1, Unit>(a, values);
   }
 }
 
@@ -90,99 +201,25 @@ struct EntrySums {
   }
 };
 
-// grads[e] += dot(tile_rows[r], panel[offset[e]]) for the entries e of the rows: the weight
-// gradient at the mask. The entries of consecutive rows are consecutive.
-template <typename T, int Tile>
-void sampled_rows(const PanelRows<T>& a, T* grads) {
+// grads[e] += dot(tile_rows[r], x[offset[e]]) for the entries e of the places: the weight gradient
+// at the mask. The entries of consecutive places are consecutive.
+template <typename T, int V, int Unit, bool Contiguous, bool Masked>
+void sampled_rows(const TileRows<T>& a, T* grads) {
   constexpr int W = kLanes<T>;
-  constexpr int V = Tile / W;
+  using Bits = typename VectorOf<typename TileRows<T>::Bits>::type;
+  const TileProduct<T, V, Unit, Contiguous> tile(a);
   EntrySums<T> sums(grads + a.row_ptr[a.begin]);
-  for (int64_t r = a.begin; r < a.end; ++r) {
-    const T* g = a.tile_rows + (r - a.begin) * Tile;
-    const int64_t last = a.row_ptr[r + 1];
-    for (int64_t e = a.row_ptr[r]; e < last; ++e) {
-      const T* x = a.panel + static_cast<int64_t>(a.offset[e]) * Tile;
-      Vec<T> products = load(g) * load(x);
-      for (int v = 1; v < V; ++v) products += load(g + v * W) * load(x + v * W);
-      sums.push(products);
-    }
-  }
-  sums.finish();
-}
-
-template <typename T>
-inline void sampled(const PanelRows<T>& a, T* grads, int tile) {
-  constexpr int widest = kTile<T>;
-  if (tile == widest) {
-    sampled_rows<T, widest>(a, grads);
-  } else if (tile == widest / 2) {
-    sampled_rows<T, widest / 2>(a, grads);
-  } else {
-    sampled_rows<T, widest / 4>(a, grads);
-  }
-}
-
-// The same products over strips (conv_strips.h): a tile is V vectors, each with a base of its own
-// in the panel, and offsets are in units of kStripUnit bytes from it.
-constexpr int64_t kStripUnit = 16;
-constexpr int kMaxTileVectors = 8;
-
-template <typename T>
-struct StripRows {
-  using Bits = typename SignedOf<sizeof(T)>::type;
-
-  const int64_t* row_ptr;
-  int64_t begin, end;
-  const uint16_t* offset;
-  const T* base[kMaxTileVectors];
-  bool contiguous;   // base[v] = base[0] + v * lanes
-  T* tile_rows;      // row r at tile_rows + (r - begin) * V * lanes
-  const Bits* live;  // V * lanes masks of the lanes that are grid points; null when all are
-};
-
-template <typename T>
-inline const T* strip_address(const T* base, uint16_t offset) {
-  return base + static_cast<int64_t>(offset) * (kStripUnit / static_cast<int64_t>(sizeof(T)));
-}
-
-template <typename T, int V, bool Contiguous>
-void strip_product_rows(const StripRows<T>& a, const T* values) {
-  constexpr int W = kLanes<T>;
-  const T* base[V];
-  for (int v = 0; v < V; ++v) base[v] = a.base[v];
-  for (int64_t r = a.begin; r < a.end; ++r) {
-    const int64_t first = a.row_ptr[r], last = a.row_ptr[r + 1];
-    if (first == last) continue;
-    T* out = a.tile_rows + (r - a.begin) * V * W;
-    Vec<T> sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = load(out + v * W);
-    for (int64_t e = first; e < last; ++e) {
-      const Vec<T> w = broadcast(values[e]);
-      if constexpr (Contiguous) {
-        const T* x = strip_address(base[0], a.offset[e]);
-        for (int v = 0; v < V; ++v) sum[v] += w * load(x + v * W);
-      } else {
-        for (int v = 0; v < V; ++v) sum[v] += w * load(strip_address(base[v], a.offset[e]));
-      }
-    }
-    for (int v = 0; v < V; ++v) store(out + v * W, sum[v]);
-  }
-}
-
-template <typename T, int V, bool Masked>
-void strip_sampled_rows(const StripRows<T>& a, T* grads) {
-  constexpr int W = kLanes<T>;
-  using Bits = typename VectorOf<typename StripRows<T>::Bits>::type;
-  EntrySums<T> sums(grads + a.row_ptr[a.begin]);
-  for (int64_t r = a.begin; r < a.end; ++r) {
+  for (int64_t i = a.begin; i < a.end; ++i) {
+    const T* row = a.row(i, V * W);
     Vec<T> g[V];
-    for (int v = 0; v < V; ++v) g[v] = load(a.tile_rows + ((r - a.begin) * V + v) * W);
-    const int64_t last = a.row_ptr[r + 1];
-    for (int64_t e = a.row_ptr[r]; e < last; ++e) {
+    for (int v = 0; v < V; ++v) g[v] = load(row + v * W);
+    const int64_t last = a.row_ptr[i + 1];
+    for (int64_t e = a.row_ptr[i]; e < last; ++e) {
       Vec<T> products{};
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        Vec<T> x = load(strip_address(a.base[v], a.offset[e]));
-        // A lane that is no grid point may see a real activation there: 0 * inf must not count.
+        Vec<T> x = tile.x(a.offset[e], v);
+        // A lane that is no point may see a real activation there: 0 * inf must not count.
         if constexpr (Masked) x = (Vec<T>)((Bits)x & (Bits)load(a.live + v * W));
         products += g[v] * x;
       }
@@ -192,49 +229,83 @@ void strip_sampled_rows(const StripRows<T>& a, T* grads) {
   sums.finish();
 }
 
-template <typename T, int V>
-inline void strip_product_of(const StripRows<T>& a, const T* values) {
-  if (a.contiguous) {
-    strip_product_rows<T, V, true>(a, values);
-  } else {
-    strip_product_rows<T, V, false>(a, values);
-  }
-}
-template <typename T, int V>
-inline void strip_sampled_of(const StripRows<T>& a, T* grads) {
+template <typename T, int V, int Unit>
+inline void sampled_of(const TileRows<T>& a, T* grads) {
   if (a.live != nullptr) {
-    strip_sampled_rows<T, V, true>(a, grads);
+    sampled_rows<T, V, Unit, false, true>(a, grads);
+  } else if (a.contiguous) {
+    sampled_rows<T, V, Unit, true, false>(a, grads);
   } else {
-    strip_sampled_rows<T, V, false>(a, grads);
+    sampled_rows<T, V, Unit, false, false>(a, grads);
   }
 }
 
-// `vectors`: 8, 4, 2 or 1.
-template <typename T>
-inline void strip_product(const StripRows<T>& a, const T* values, int vectors) {
+template <typename T, int Unit>
+inline void sampled(const TileRows<T>& a, T* grads, int vectors) {
   switch (vectors) {
     case 8:
-      return strip_product_of<T, 8>(a, values);
+      return sampled_of<T, 8, Unit>(a, grads);
+    case 7:
+      return sampled_of<T, 7, Unit>(a, grads);
+    case 6:
+      return sampled_of<T, 6, Unit>(a, grads);
+    case 5:
+      return sampled_of<T, 5, Unit>(a, grads);
     case 4:
-      return strip_product_of<T, 4>(a, values);
+      return sampled_of<T, 4, Unit>(a, grads);
+    case 3:
+      return sampled_of<T, 3, Unit>(a, grads);
     case 2:
-      return strip_product_of<T, 2>(a, values);
+      return sampled_of<T, 2, Unit>(a, grads);
     default:
-      return strip_product_of<T, 1>(a, values);
+      return sampled_of<T, 1, Unit>(a, grads);
+  }
+}
+
+// The same over a panel of whole tiles (PanelTile<T>): entry offsets count its rows.
+template <typename T, int Bytes>
+inline TileRows<T> on_panel(TileRows<T> a, const T* panel) {
+  a.contiguous = true;
+  for (int v = 0; v < Bytes / kVectorBytes; ++v) a.base[v] = panel + v * kLanes<T>;
+  return a;
+}
+template <typename T>
+inline void panel_product(const TileRows<T>& a, const T* panel, int tile, const T* values) {
+  constexpr int widest = kTileBytes, half = widest / 2, least = 64;
+  if (tile == kTile<T>) {
+    product_rows<T, widest / kVectorBytes, widest, true>(on_panel<T, widest>(a, panel), values);
+  } else if (tile == kTile<T> / 2) {
+    product_rows<T, half / kVectorBytes, half, true>(on_panel<T, half>(a, panel), values);
+  } else {
+    product_rows<T, least / kVectorBytes, least, true>(on_panel<T, least>(a, panel), values);
   }
 }
 template <typename T>
-inline void strip_sampled(const StripRows<T>& a, T* grads, int vectors) {
-  switch (vectors) {
-    case 8:
-      return strip_sampled_of<T, 8>(a, grads);
-    case 4:
-      return strip_sampled_of<T, 4>(a, grads);
-    case 2:
-      return strip_sampled_of<T, 2>(a, grads);
-    default:
-      return strip_sampled_of<T, 1>(a, grads);
+inline void panel_sampled(const TileRows<T>& a, const T* panel, int tile, T* grads) {
+  constexpr int widest = kTileBytes, half = widest / 2, least = 64;
+  if (tile == kTile<T>) {
+    sampled_rows<T, widest / kVectorBytes, widest, true, false>(on_panel<T, widest>(a, panel),
+                                                                grads);
+  } else if (tile == kTile<T> / 2) {
+    sampled_rows<T, half / kVectorBytes, half, true, false>(on_panel<T, half>(a, panel), grads);
+  } else {
+    sampled_rows<T, least / kVectorBytes, least, true, false>(on_panel<T, least>(a, panel), grads);
   }
+}
+
+// The rows at the places [begin, end) of block b, which are the rows [begin, end) in some order.
+template <typename T>
+inline TileRows<T> rows_of(const PatternView& p, int64_t b, int64_t begin, int64_t end,
+                           T* tile_rows) {
+  TileRows<T> rows{};
+  rows.row_ptr = p.row_ptr + b * p.rows;
+  rows.row_at = p.row_at == nullptr ? nullptr : p.row_at + b * p.rows;
+  rows.begin = begin;
+  rows.end = end;
+  rows.first_row = begin;
+  rows.offset = reinterpret_cast<const uint16_t*>(p.offset);
+  rows.tile_rows = tile_rows;
+  return rows;
 }
 
 // Starts the tile rows [begin, end) at the bias, or at zero.

@@ -115,17 +115,28 @@ bool pattern_is_valid(const PatternView& p) {
 
 namespace {
 
+// Calls f(row, block, first entry, last entry) for the rows [begin, end). As far as the order of
+// the pattern allows, row after row: the dense weight is then read in order, the blocks' entries
+// are few streams.
+template <typename F>
+inline void for_each_row(const PatternView& p, int64_t begin, int64_t end, F f) {
+  const int64_t step = p.row_at == nullptr ? 1 : kRowWindow;
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t last = first + step < end ? first + step : end;
+    for (int64_t b = 0; b < p.blocks(); ++b) {
+      const int64_t* bounds = p.row_ptr + b * p.rows;
+      for (int64_t i = first; i < last; ++i) f(p.row_of(b, i), b, bounds[i], bounds[i + 1]);
+    }
+  }
+}
+
 template <typename S>
 void gather(const PatternView& p, const S* weight, Accumulator<S>* values, int64_t begin,
             int64_t end) {
-  // Row after row, so that the dense weight is read in order; the blocks' outputs are few streams.
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t b = 0; b < p.blocks(); ++b) {
-      const S* w = weight + r * p.cols() + b * p.block_cols();
-      const int64_t last = p.row_ptr[b * p.rows + r + 1];
-      for (int64_t i = p.row_ptr[b * p.rows + r]; i < last; ++i) values[i] = widen(w[p.offset[i]]);
-    }
-  }
+  for_each_row(p, begin, end, [&](int64_t r, int64_t b, int64_t first, int64_t last) {
+    const S* w = weight + r * p.cols() + b * p.block_cols();
+    for (int64_t i = first; i < last; ++i) values[i] = widen(w[p.offset[i]]);
+  });
 }
 
 template <typename S>
@@ -135,23 +146,27 @@ bool gather_transposed(const PatternView& p, const PatternView& t, const S* weig
   const SmallDivider by_taps(p.taps);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t group = item / blocks_t, block_t = item % blocks_t;
-    const int64_t* bounds = t.row_ptr + block_t * t.rows + group * p.depth;
-    std::memcpy(cursor, bounds, sizeof(int64_t) * static_cast<size_t>(p.depth));
+    const int64_t* bounds = t.row_ptr + block_t * t.rows;
+    int64_t* limit = cursor + p.depth;
+    for (int64_t c = 0; c < p.depth; ++c) {
+      const int64_t place = t.place(block_t, group * p.depth + c);
+      cursor[c] = bounds[place];
+      limit[c] = bounds[place + 1];
+    }
     const int64_t first_row = group * t.depth + block_t * t.block_depth;
     for (int64_t k = 0; k < t.depth_of(block_t); ++k) {
       const int64_t r = first_row + k;
       for (int64_t b = 0; b < p.blocks(); ++b) {
         const S* w = weight + r * p.cols() + b * p.block_cols();
-        const int64_t last = p.row_ptr[b * p.rows + r + 1];
-        for (int64_t i = p.row_ptr[b * p.rows + r]; i < last; ++i) {
+        const int64_t place = b * p.rows + p.place(b, r);
+        const int64_t last = p.row_ptr[place + 1];
+        for (int64_t i = p.row_ptr[place]; i < last; ++i) {
           const int64_t o = p.offset[i];
           const int64_t c = by_taps(o);
           const int64_t channel = b * p.block_depth + c;
           const int64_t at = cursor[channel]++;
           // The entry must be the transposed pattern's next one, else the two disagree.
-          if (at >= bounds[channel + 1] || t.offset[at] != k * t.taps + (o - c * p.taps)) {
-            return false;
-          }
+          if (at >= limit[channel] || t.offset[at] != k * t.taps + (o - c * p.taps)) return false;
           values[at] = widen(w[o]);
         }
       }
@@ -163,18 +178,13 @@ bool gather_transposed(const PatternView& p, const PatternView& t, const S* weig
 template <typename S>
 void scatter(const PatternView& p, const Accumulator<S>* values, S* grad, int64_t begin,
              int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    S* row = grad + r * p.cols();
-    if (p.cols() == 0) continue;  // there is no memory behind the row
-    std::memset(row, 0, sizeof(S) * static_cast<size_t>(p.cols()));
-    for (int64_t b = 0; b < p.blocks(); ++b) {
-      S* g = row + b * p.block_cols();
-      const int64_t last = p.row_ptr[b * p.rows + r + 1];
-      for (int64_t i = p.row_ptr[b * p.rows + r]; i < last; ++i) {
-        g[p.offset[i]] = narrow<S>(values[i]);
-      }
-    }
-  }
+  if (p.cols() == 0) return;  // there is no memory behind the rows
+  std::memset(grad + begin * p.cols(), 0,
+              sizeof(S) * static_cast<size_t>((end - begin) * p.cols()));
+  for_each_row(p, begin, end, [&](int64_t r, int64_t b, int64_t first, int64_t last) {
+    S* g = grad + r * p.cols() + b * p.block_cols();
+    for (int64_t i = first; i < last; ++i) g[p.offset[i]] = narrow<S>(values[i]);
+  });
 }
 
 // Bits are masked, not multiplied: a NaN under a False entry becomes a zero.
@@ -207,6 +217,40 @@ int64_t filter(const PatternView& p, const T* values, const uint8_t* keep_tap, P
 }
 
 }  // namespace
+
+void sort_rows(const PatternView& p, SortedBuffers out) {
+  const int64_t rows_per_group = p.rows / p.groups;
+  int64_t at = 0;
+  for (int64_t b = 0; b < p.blocks(); ++b) {
+    const int64_t* bounds = p.row_ptr + b * p.rows;
+    for (int64_t first = 0; first < p.rows;) {
+      const int64_t group_end = (first / rows_per_group + 1) * rows_per_group;
+      const int64_t left = group_end - first, n = left < kRowWindow ? left : kRowWindow;
+      int32_t order[kRowWindow];
+      // Insertion into the sorted front: windows are short.
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t row = first + i, length = bounds[row + 1] - bounds[row];
+        int64_t j = i;
+        for (; j > 0 && bounds[order[j - 1] + 1] - bounds[order[j - 1]] < length; --j) {
+          order[j] = order[j - 1];
+        }
+        order[j] = static_cast<int32_t>(row);
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t row = order[i], length = bounds[row + 1] - bounds[row];
+        const int64_t place = b * p.rows + first + i;
+        out.row_ptr[place] = at;
+        out.row_at[place] = order[i];
+        out.place_of[b * p.rows + row] = static_cast<int32_t>(first + i);
+        std::memcpy(out.offset + at, p.offset + bounds[row],
+                    sizeof(int16_t) * static_cast<size_t>(length));
+        at += length;
+      }
+      first += n;
+    }
+  }
+  out.row_ptr[p.blocks() * p.rows] = at;
+}
 
 #define FASTPRUNE_BY_DTYPE(call) \
   switch (dtype) {               \

@@ -14,24 +14,39 @@
 namespace fastprune {
 
 struct PatternView {
-  int64_t rows;            // of all groups together
-  int64_t groups;          // rows / groups consecutive rows read the same channels
-  int64_t depth;           // channels that one row reads
-  int64_t taps;            // kernel positions per channel
-  int64_t block_depth;     // channels per block
-  int64_t nnz;             // number of entries
-  const int64_t* row_ptr;  // blocks() * rows + 1 bounds: entries of (b, r) from [b * rows + r]
-  const int16_t* offset;   // nnz positions inside their block
+  int64_t rows;         // of all groups together
+  int64_t groups;       // rows / groups consecutive rows read the same channels
+  int64_t depth;        // channels that one row reads
+  int64_t taps;         // kernel positions per channel
+  int64_t block_depth;  // channels per block
+  int64_t nnz;          // number of entries
+  const int64_t*
+      row_ptr;            // blocks() * rows + 1 bounds: entries of place i of b from [b * rows + i]
+  const int16_t* offset;  // nnz positions inside their block
+  // A plan (ops/plan.h) sorts the rows of each block by length; place i of block b then holds row
+  // row_at[b * rows + i], and row r stands at place place_of[b * rows + r]. Null: i is row i.
+  const int32_t* row_at = nullptr;
+  const int32_t* place_of = nullptr;
 
   int64_t blocks() const { return depth == 0 ? 0 : (depth + block_depth - 1) / block_depth; }
   int64_t cols() const { return depth * taps; }
   int64_t block_cols() const { return block_depth * taps; }
+  int64_t row_of(int64_t b, int64_t place) const {
+    return row_at == nullptr ? place : row_at[b * rows + place];
+  }
+  int64_t place(int64_t b, int64_t row) const {
+    return place_of == nullptr ? row : place_of[b * rows + row];
+  }
   // Channels of block b; the last block may be short.
   int64_t depth_of(int64_t b) const {
     const int64_t left = depth - b * block_depth;
     return left < block_depth ? left : block_depth;
   }
 };
+
+// Sorted rows stay inside windows of this many rows of one group: [k * kRowWindow, (k + 1) *
+// kRowWindow) counted from the group's first row. Work is cut over threads at window bounds.
+constexpr int64_t kRowWindow = 64;
 
 // Exact n / divisor for 0 <= n, divisor < 2^15 by one multiplication: the error of the rounded-up
 // reciprocal, below n / 2^32, never reaches the 1 / divisor that would carry.
@@ -54,6 +69,13 @@ struct PatternBuffers {
   int16_t* offset;
 };
 
+// The same for its sorted copy.
+struct SortedBuffers {
+  int64_t* row_ptr;
+  int16_t* offset;
+  int32_t *row_at, *place_of;
+};
+
 // The kernels below also take the transposed pattern of the weight, read by the input gradient: its
 // rows are the input channels (of all groups), its depth the output channels of a group.
 FASTPRUNE_PER_ISA(
@@ -67,16 +89,20 @@ FASTPRUNE_PER_ISA(
                        int64_t* cursor);
     // True when every bound and offset is in range: what a product needs to be memory safe.
     bool pattern_is_valid(const PatternView& pattern);
-    // values[i] = weight at entry i, for the rows [begin, end).
+    // Copies a pattern, its rows in each block and window ordered by falling length; equal lengths
+    // keep their order.
+    void sort_rows(const PatternView& pattern, SortedBuffers out);
+    // values[i] = weight at entry i, for the rows [begin, end), cut at windows if sorted.
     void gather_values(const PatternView& forward, DType dtype, const void* weight, void* values,
                        int64_t begin, int64_t end);
     // The same in the order of the transposed pattern, for its (group, block) items [begin, end).
-    // cursor: scratch for transposed.rows values. False when the two patterns do not describe the
-    // same mask; nothing outside `values` was touched.
+    // cursor: scratch for 2 * transposed.rows values. False when the two patterns do not describe
+    // the same mask; nothing outside `values` was touched.
     bool gather_transposed_values(const PatternView& forward, const PatternView& transposed,
                                   DType dtype, const void* weight, void* values, int64_t* cursor,
                                   int64_t begin, int64_t end);
-    // weight_grad (dense, rows x cols) = values at the entries, 0 elsewhere; rows [begin, end).
+    // weight_grad (dense, rows x cols) = values at the entries, 0 elsewhere; rows [begin, end), cut
+    // at windows if sorted.
     void scatter_values(const PatternView& forward, DType dtype, const void* values,
                         void* weight_grad, int64_t begin, int64_t end);
     // out[i] = values[i] where mask[i], else an exact 0, for i in [begin, end).

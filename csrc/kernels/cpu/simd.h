@@ -4,7 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #ifndef FASTPRUNE_ISA
 #error "kernels/cpu/simd.h belongs to files that are compiled once per ISA"
@@ -49,6 +54,33 @@ inline Vec<T> load(const T* p) {
 template <typename T>
 inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VectorOf<T>::loose*>(p) = v;
+}
+// The first n <= kLanes<T> lanes; the others are zeros, and nothing behind them is read.
+template <typename T>
+inline Vec<T> load_part(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return (Vec<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  } else {
+    return (Vec<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  }
+#else
+  Vec<T> v{};
+  for (int j = 0; j < n; ++j) v[j] = p[j];
+  return v;
+#endif
+}
+template <typename T>
+inline void store_part(T* p, Vec<T> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+  }
+#else
+  for (int j = 0; j < n; ++j) p[j] = v[j];
+#endif
 }
 template <typename T>
 inline Vec<T> broadcast(T x) {

@@ -1,5 +1,7 @@
 """``fastprune bench``: whole networks, dense against weight x mask against fastprune.
 
+With ``--peers`` it times single layers against other libraries: see ``fastprune.cli.peers``.
+
 The network is pruned without having been trained: timings depend on the masks and shapes, not on
 the values of the weights.
 
@@ -37,30 +39,42 @@ from rich.console import Console
 from torch import nn
 
 from fastprune import data
-from fastprune.cli import common, inputs, machine, measuring, plots, render, tables
+from fastprune.cli import common, inputs, machine, measuring, peers, plots, render, tables
 from fastprune.pruners.registry import PRUNERS
 
-SUMMARY = "Time a network: best dense form, weight x mask, and fastprune."
+SUMMARY = "Time a network (best dense form, weight x mask, fastprune), or layers against peers."
+
+NETWORK_OPTIONS: dict[str, Any] = {
+    "methods": ["random", "magnitude"],
+    "device": "cpu",
+    "dtype": "float32",
+    "training": True,
+    "layers": False,
+}
+"""Defaults of options that ``--peers`` does not take; some others have none."""
+
+DEFAULTS: dict[str, Any] = {"sparsities": [0.9, 0.95], "batch": 16, "seed": 0, "min_time": 0.5}
+"""Defaults of options that ``--peers`` takes too, with its own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bench``."""
-    parser.add_argument("--model", required=True, help="fastprune's, torchvision's or timm's name")
+    """The options of ``bench``; None where not given, as ``--peers`` has other defaults."""
+    parser.add_argument("--model", help="fastprune's, torchvision's or timm's name")
     parser.add_argument(
         "--methods",
         type=common.comma_separated,
-        default=["random", "magnitude"],
         help=f"some of {','.join(PRUNERS)} [random,magnitude]",
     )
     parser.add_argument(
         "--sparsities",
         type=common.sparsities,
-        default=[0.9, 0.95],
-        help="pruned fractions [0.9,0.95]",
+        help="pruned fractions [0.9,0.95; --peers: 0.8,0.9,0.95,0.98]",
     )
-    parser.add_argument("--batch", type=common.positive_int, default=16, help="samples [16]")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(inputs.DTYPES), default="float32")
+    parser.add_argument(
+        "--batch", type=common.positive_int, help="samples [16; --peers: the set's own]"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[cpu]")
+    parser.add_argument("--dtype", choices=tuple(inputs.DTYPES), help="[float32]")
     parser.add_argument("--threads", type=common.positive_int, help="threads [torch's choice]")
     parser.add_argument(
         "--input-shape", type=inputs.shape, metavar="C,H,W", help="[the network's own]"
@@ -71,20 +85,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--training",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="time training steps as well as forward passes",
     )
-    parser.add_argument("--layers", action="store_true", help="also print a table per layer")
-    parser.add_argument("--seed", type=common.seed, default=0, help="of weights and inputs [0]")
+    parser.add_argument(
+        "--layers", action="store_true", default=None, help="also print a table per layer"
+    )
+    parser.add_argument("--seed", type=common.seed, help="of weights and inputs [0]")
     parser.add_argument(
         "--min-time",
         type=common.positive_float,
-        default=0.5,
         metavar="S",
-        help="seconds of timing per candidate [0.5]",
+        help="seconds of timing per candidate [0.5; --peers: 0.2]",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG plot (matplotlib)")
+    peers.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -94,6 +109,14 @@ def run(args: argparse.Namespace) -> int:
         UsageError: before any timing: unknown names, a missing device or package, bad files.
         InterruptedRunError: after Ctrl-C; with ``--json``, what was finished is in the file.
     """
+    if args.peers:
+        whole = ["model", "input_shape", "num_classes", "dataset", "data", *NETWORK_OPTIONS]
+        common.refuse(args, whole, "not with --peers, which times layers")
+        return peers.run(args)
+    common.refuse(args, peers.OWN_OPTIONS, "only with --peers")
+    if args.model is None:
+        raise common.UsageError("--model is needed, or --peers")
+    common.fill(args, NETWORK_OPTIONS | DEFAULTS)
     if args.plot is not None:
         common.require("matplotlib")
     methods = common.known_methods(args.methods)
@@ -129,18 +152,9 @@ def run(args: argparse.Namespace) -> int:
     }
     watch = measuring.Stopwatch(args.min_time, device, min_rounds=3)
     console = render.stdout()
-    try:
+    with common.keeping(document, args.json):
         _header(console, document)
         _measure(document, model, batch, watch)
-    except KeyboardInterrupt:
-        document["interrupted"] = True
-        where = "nothing written (no --json)"
-        if args.json is not None:
-            common.write_json(args.json, document)
-            where = f"kept in {args.json}"
-        raise common.InterruptedRunError(
-            f"{len(document['results'])} cases finished, {where}"
-        ) from None
     return _report(args, console, document)
 
 

@@ -172,6 +172,24 @@ def prune_at_init(
     return masks, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
+def fill(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Give the options that were not given (None) their defaults."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def refuse(args: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Check that options which would have no effect were not given.
+
+    Raises:
+        UsageError: one is not None; names it, followed by ``why``.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: {why}")
+
+
 def use_threads(threads: int | None) -> None:
     """Give torch ``threads`` threads; None leaves torch's own choice."""
     if threads is not None:
@@ -185,6 +203,24 @@ def writable(path: Path) -> Path:
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UsageError(f"cannot write to {str(path)!r}")
     return path
+
+
+@contextmanager
+def keeping(document: dict[str, Any], path: Path | None) -> Iterator[None]:
+    """On Ctrl-C, keep the ``results`` that ``document`` has so far, marked ``interrupted``.
+
+    Raises:
+        InterruptedRunError: after Ctrl-C; says what was kept in ``path``, if there is one.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        document["interrupted"] = True
+        where = "nothing written (no --json)"
+        if path is not None:
+            write_json(path, document)
+            where = f"kept in {path}"
+        raise InterruptedRunError(f"{len(document['results'])} cases finished, {where}") from None
 
 
 def _finite(value: Any) -> Any:

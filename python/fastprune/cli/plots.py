@@ -14,6 +14,7 @@ _COLOURS = (
 )  # fmt: skip
 _MARKERS = "osD^vP*X"
 _DENSE = "#777777"
+_MOST_PANELS = 9
 
 
 def _figure(rows: int, columns: int) -> Any:
@@ -170,5 +171,49 @@ def bench(document: Mapping[str, Any], path: Path) -> None:
         _lines(ax, results, settings["methods"], masked(mode), ":", ", weight x mask")
         _speedups_from_zero(ax)
     figure.suptitle(f"{_caption(document['machine'])}, batch {settings['batch']}", fontsize=8)
+    _legend(figure)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def peers(document: Mapping[str, Any], path: Path) -> None:
+    """Speedup over best dense against sparsity, a line per candidate.
+
+    One panel per layer and kind of mask; geometric means over the set where those are too many.
+
+    Args:
+        document: what ``bench --peers`` writes as JSON.
+        path: of the PNG.
+    """
+    panels: dict[str, list[dict[str, Any]]] = {}
+    cases = {(r["case"], r["mask"]) for r in document["results"]}
+    if len(cases) <= _MOST_PANELS:
+        for result in document["results"]:
+            timed = {n: c.get("speedup") for n, c in result["candidates"].items()}
+            panels.setdefault(f"{result['case']}, {result['mask']} masks", []).append(
+                {"sparsity": result["sparsity"], "speedup": timed}
+            )
+    else:
+        for mean in document["means"]:
+            batch = "" if mean["batch"] is None else f", batch {mean['batch']}"
+            title = f"{document['settings']['set']}, {mean['kind']}{batch}, {mean['mask']} masks"
+            panels.setdefault(f"{title}: geometric mean", []).append(mean)
+    columns = min(3, len(panels))
+    figure = _figure(-(-len(panels) // columns), columns)
+    axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
+    own = "fastprune"
+    shown = [n for n, peer in document["peers"].items() if not peer["dense_torch"] and n != own]
+    shown.insert(0, own)
+    for ax, (title, points) in zip(axes, panels.items(), strict=False):
+        _axis(ax, [p["sparsity"] for p in points], title, "speedup over best dense float32")
+        for_lines = [
+            {"method": name, "sparsity": p["sparsity"], "speedup": p["speedup"].get(name)}
+            for p in points
+            for name in shown
+        ]
+        _lines(ax, for_lines, shown, lambda result: result["speedup"])
+        _speedups_from_zero(ax)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    figure.suptitle(_caption(document["machine"]), fontsize=8)
     _legend(figure)
     figure.savefig(path, dpi=130, format="png")

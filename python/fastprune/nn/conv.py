@@ -92,6 +92,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             self.dilation,  # type: ignore[arg-type]
             self.groups,
             self.weight_grad == "dense",
+            self._layout,
+            weight is self.weight,
         )
 
     def extra_repr(self) -> str:

@@ -53,7 +53,15 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             raise ValueError(
                 f"masked_linear: x: expected shape (..., {self.in_features}), got {tuple(x.shape)}"
             )
-        return apply_linear(x, weight, bias, self._pattern, self.weight_grad == "dense")
+        return apply_linear(
+            x,
+            weight,
+            bias,
+            self._pattern,
+            self.weight_grad == "dense",
+            self._layout,
+            weight is self.weight,
+        )
 
     def extra_repr(self) -> str:
         """The dense layer's description and the mask's."""

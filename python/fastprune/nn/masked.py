@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.ops.pattern import Pattern, apply_mask, pack
+from fastprune.ops.plan import LIKE_INPUT
 
 WeightGrad = Literal["sampled", "dense"]
 
@@ -30,6 +31,8 @@ class MaskedLayer(nn.Module):
     weight_grad: WeightGrad
     sparse: bool
     _pattern: Pattern
+    # How results are stored (fastprune.ops.plan): as the input is, unless accelerate decides.
+    _layout: int = LIKE_INPUT
 
     def _adopt(self, layer: nn.Module, mask: Tensor, weight_grad: WeightGrad, sparse: bool) -> None:
         """Take over the parameters of a dense layer; called by the subclasses' constructors."""

@@ -15,8 +15,10 @@ from fastprune.ops.pattern import (
     below_autograd,
     check_operands,
     check_weight_grad,
+    needs_grad,
     recorder,
 )
+from fastprune.ops.plan import LIKE_INPUT, planned
 
 Size2 = int | tuple[int, int] | list[int]
 
@@ -68,6 +70,7 @@ def masked_conv2d(
     Cost: 2 * nnz * batch * output pixels flops; each input pixel is packed once per block of
     channels and row strip. Differentiable once. On a CUDA device the plain-torch reference runs.
     """
+    given = weight
     x, weight, bias = autocast(x, weight, bias)
     check_operands("masked_conv2d", x, weight, bias)
     dense_grad = check_weight_grad("masked_conv2d", weight_grad)
@@ -92,7 +95,8 @@ def masked_conv2d(
         )
     check_room(x, weight, geometry[1], geometry[2])
     pattern = as_pattern(mask, weight, groups)
-    return apply_conv2d(x, weight, bias, pattern, *geometry, groups, dense_grad)
+    kept = weight is given
+    return apply_conv2d(x, weight, bias, pattern, *geometry, groups, dense_grad, kept=kept)
 
 
 def check_room(
@@ -119,25 +123,101 @@ def apply_conv2d(
     dilation: tuple[int, int],
     groups: int,
     dense_weight_grad: bool,
+    layout: int = LIKE_INPUT,
+    kept: bool = True,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """The op on arguments that are known to fit: what the layer calls in its forward pass."""
-    y: Tensor = recorder(MaskedConv2dFunction, torch.ops.fastprune.masked_conv2d)(
-        x if x.dim() == 4 else x.unsqueeze(0),
-        weight,
-        bias,
-        pattern.row_ptr,
-        pattern.offset,
-        pattern.transposed_row_ptr,
-        pattern.transposed_offset,
-        pattern.block_depth,
-        pattern.transposed_block_depth,
-        stride,
-        padding,
-        dilation,
-        groups,
-        dense_weight_grad,
-    )
+    """The op on arguments that are known to fit: what the layer calls in its forward pass.
+
+    ``kept``: ``weight`` is the caller's own tensor, whose values may be kept for the next call.
+    ``residual`` is added to the result and ReLU applied, without a gradient (inference only).
+    """
+    images = x if x.dim() == 4 else x.unsqueeze(0)
+    geometry = (stride, padding, dilation, groups)
+    y: Tensor
+    if planned(x, weight, pattern):
+        assert pattern.plan is not None
+        number = pattern.plan.number(pattern)
+        version = pattern.plan.version(weight) if kept else -1
+        if torch.is_grad_enabled() and needs_grad(x, weight, bias):
+            y = PlannedConv2dFunction.apply(
+                images, weight, bias, pattern, number, version, geometry, dense_weight_grad, layout
+            )
+        else:
+            y = torch.ops.fastprune.planned_conv2d.default(
+                images, weight, bias, number, version, *geometry, residual, relu, layout
+            )
+            residual, relu = None, False
+    else:
+        y = recorder(MaskedConv2dFunction, torch.ops.fastprune.masked_conv2d)(
+            images,
+            weight,
+            bias,
+            pattern.row_ptr,
+            pattern.offset,
+            pattern.transposed_row_ptr,
+            pattern.transposed_offset,
+            pattern.block_depth,
+            pattern.transposed_block_depth,
+            *geometry,
+            dense_weight_grad,
+        )
+    if residual is not None:
+        y = y + residual
+    if relu:
+        y = torch.relu(y)
     return y if x.dim() == 4 else y.squeeze(0)
+
+
+class PlannedConv2dFunction(torch.autograd.Function):
+    """The convolution of a plan, with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pattern: Pattern,
+        number: int,
+        version: int,
+        geometry: tuple[Any, ...],
+        dense_weight_grad: bool,
+        layout: int,
+    ) -> Tensor:
+        """The op itself; autograd is off here."""
+        ctx.save_for_backward(x, weight)
+        ctx.pattern = pattern  # keeps the plan alive
+        ctx.number, ctx.version, ctx.geometry = number, version, geometry
+        ctx.dense_weight_grad = dense_weight_grad
+        with below_autograd():
+            y: Tensor = torch.ops.fastprune.planned_conv2d.default(
+                x, weight, bias, number, version, *geometry, None, False, layout
+            )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        ops = torch.ops.fastprune
+        x_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = ops.planned_conv2d_input_grad.default(
+                grad, weight, ctx.number, ctx.version, x.shape, *ctx.geometry
+            )
+        if ctx.needs_input_grad[1]:
+            weight_grad = (
+                _dense_weight_grad(grad, x, weight, *ctx.geometry)
+                if ctx.dense_weight_grad
+                else ops.planned_conv2d_weight_grad.default(
+                    grad, x, ctx.number, weight.shape, *ctx.geometry
+                )
+            )
+        if ctx.needs_input_grad[2]:
+            bias_grad = grad.sum(dim=(0, 2, 3))
+        return (x_grad, weight_grad, bias_grad, *[None] * 6)
 
 
 @torch.library.register_fake("fastprune::masked_conv2d")

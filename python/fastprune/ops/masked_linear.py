@@ -15,8 +15,10 @@ from fastprune.ops.pattern import (
     below_autograd,
     check_operands,
     check_weight_grad,
+    needs_grad,
     recorder,
 )
+from fastprune.ops.plan import LIKE_INPUT, planned
 
 
 def masked_linear(
@@ -53,6 +55,7 @@ def masked_linear(
     region casts the arguments as it does for ``torch.nn.functional.linear``. Differentiable once.
     On a CUDA device the plain-torch reference runs.
     """
+    given = weight
     x, weight, bias = autocast(x, weight, bias)
     check_operands("masked_linear", x, weight, bias)
     dense_grad = check_weight_grad("masked_linear", weight_grad)
@@ -64,27 +67,95 @@ def masked_linear(
         raise ValueError(
             f"masked_linear: x: expected shape (..., {weight.shape[1]}), got {tuple(x.shape)}"
         )
-    return apply_linear(x, weight, bias, as_pattern(mask, weight), dense_grad)
+    pattern = as_pattern(mask, weight)
+    return apply_linear(x, weight, bias, pattern, dense_grad, kept=weight is given)
 
 
 def apply_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern, dense_weight_grad: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    dense_weight_grad: bool,
+    layout: int = LIKE_INPUT,
+    kept: bool = True,
 ) -> Tensor:
-    """The op on arguments that are known to fit: what the layer calls in its forward pass."""
+    """The op on arguments that are known to fit: what the layer calls in its forward pass.
+
+    ``kept``: ``weight`` is the caller's own tensor, whose values may be kept for the next call.
+    """
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    y: Tensor = recorder(MaskedLinearFunction, torch.ops.fastprune.masked_linear)(
-        flat,
-        weight,
-        bias,
-        pattern.row_ptr,
-        pattern.offset,
-        pattern.transposed_row_ptr,
-        pattern.transposed_offset,
-        pattern.block_depth,
-        pattern.transposed_block_depth,
-        dense_weight_grad,
-    )
+    y: Tensor
+    if planned(x, weight, pattern):
+        assert pattern.plan is not None
+        number = pattern.plan.number(pattern)
+        version = pattern.plan.version(weight) if kept else -1
+        if torch.is_grad_enabled() and needs_grad(x, weight, bias):
+            y = PlannedLinearFunction.apply(
+                flat, weight, bias, pattern, number, version, dense_weight_grad, layout
+            )
+        else:
+            y = torch.ops.fastprune.planned_linear.default(
+                flat, weight, bias, number, version, None, False, layout
+            )
+    else:
+        y = recorder(MaskedLinearFunction, torch.ops.fastprune.masked_linear)(
+            flat,
+            weight,
+            bias,
+            pattern.row_ptr,
+            pattern.offset,
+            pattern.transposed_row_ptr,
+            pattern.transposed_offset,
+            pattern.block_depth,
+            pattern.transposed_block_depth,
+            dense_weight_grad,
+        )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class PlannedLinearFunction(torch.autograd.Function):
+    """The product of a plan, with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pattern: Pattern,
+        number: int,
+        version: int,
+        dense_weight_grad: bool,
+        layout: int,
+    ) -> Tensor:
+        """The op itself; autograd is off here."""
+        ctx.save_for_backward(x, weight)
+        ctx.pattern = pattern  # keeps the plan alive
+        ctx.number, ctx.version, ctx.dense_weight_grad = number, version, dense_weight_grad
+        with below_autograd():
+            y: Tensor = torch.ops.fastprune.planned_linear.default(
+                x, weight, bias, number, version, None, False, layout
+            )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        ops = torch.ops.fastprune
+        x_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = ops.planned_linear_input_grad.default(grad, weight, ctx.number, ctx.version)
+        if ctx.needs_input_grad[1]:
+            weight_grad = (
+                grad.t() @ x
+                if ctx.dense_weight_grad
+                else ops.planned_linear_weight_grad.default(grad, x, ctx.number)
+            )
+        if ctx.needs_input_grad[2]:
+            bias_grad = grad.sum(dim=0)
+        return x_grad, weight_grad, bias_grad, None, None, None, None, None
 
 
 @torch.library.register_fake("fastprune::masked_linear")

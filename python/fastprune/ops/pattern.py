@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastprune.ops.plan import Plan
+
 # Activations of one block of columns take 32 KB at 128 columns of 64 floats, and stay in the L1
 # cache. Sparser rows take wider blocks, so that a row still finds about 16 entries in each.
 _BLOCK_COLS = (128, 1024)
@@ -27,6 +29,8 @@ class Pattern(NamedTuple):
         shape: the weight's shape, (out, in) or (out, in / groups, height, width).
         groups: convolution groups.
         nnz: number of entries kept.
+        plan: what eager calls on the CPU keep between them (checked, sorted entries; the values of
+            the last weight); made at the first call. None: nothing is kept.
     """
 
     row_ptr: Tensor
@@ -38,10 +42,12 @@ class Pattern(NamedTuple):
     shape: tuple[int, ...]
     groups: int
     nnz: int
+    plan: Plan | None = None
 
     def nbytes(self) -> int:
-        """Bytes that the pattern occupies, both orders together."""
-        return sum(t.numel() * t.element_size() for t in self if isinstance(t, Tensor))
+        """Bytes that the pattern occupies, both orders together, and its plan."""
+        own = sum(t.numel() * t.element_size() for t in self if isinstance(t, Tensor))
+        return own + (self.plan.nbytes() if self.plan is not None else 0)
 
     def to(self, device: torch.device | str) -> Pattern:
         """The pattern with its tensors on another device."""
@@ -50,6 +56,7 @@ class Pattern(NamedTuple):
             offset=self.offset.to(device),
             transposed_row_ptr=self.transposed_row_ptr.to(device),
             transposed_offset=self.transposed_offset.to(device),
+            plan=Plan(),
         )
 
 
@@ -97,7 +104,7 @@ def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
         on_cpu, groups, taps, *blocks
     )
     shape = tuple(mask.shape)
-    pattern = Pattern(row_ptr, offset, row_ptr_t, offset_t, *blocks, shape, groups, nnz)
+    pattern = Pattern(row_ptr, offset, row_ptr_t, offset_t, *blocks, shape, groups, nnz, Plan())
     return pattern if mask.device.type == "cpu" else pattern.to(mask.device)
 
 
@@ -110,7 +117,7 @@ def as_pattern(mask: Tensor | Pattern, weight: Tensor, groups: int = 1) -> Patte
             )
         if mask.device != weight.device:
             raise ValueError(f"mask: expected device {weight.device}, got {mask.device}")
-        return pack(mask, groups=groups)
+        return pack(mask, groups=groups)._replace(plan=None)  # used once
     if not isinstance(mask, Pattern):
         raise TypeError(f"mask: expected a bool tensor or a Pattern, got {type(mask).__name__}")
     if mask.shape != tuple(weight.shape) or mask.groups != groups:
@@ -146,6 +153,11 @@ def recorder(function: type[torch.autograd.Function], op: Any) -> Any:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return function.apply
     return op
+
+
+def needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd has anything to record."""
+    return x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

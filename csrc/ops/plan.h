@@ -1,0 +1,86 @@
+// Plans: private copies of packed patterns, checked once, with what repeated calls would make anew.
+//
+// A plan owns its pattern (rows sorted by length, see kernels/cpu/pattern.h), so that an op which
+// is given one needs to check nothing but sizes. It keeps the weight's values in the pattern's
+// order while the weight does not change, and the entries' places in the panels of the geometries
+// that were used last. Plans may be used from several threads.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "ops/pattern.h"
+#include "ops/plan_registry.h"
+
+namespace fastprune {
+
+// Memory that calls share; it outlives the plan while a call uses it.
+using Shared = std::shared_ptr<const Scratch>;
+
+// Where the entries of a product stand in the panel of one geometry.
+struct Translation {
+  std::vector<int64_t> key;
+  int way;
+  Shared offset;
+};
+
+class Plan {
+ public:
+  Plan(const PatternShape& shape, const Tensor& row_ptr, const Tensor& offset,
+       const Tensor& transposed_row_ptr, const Tensor& transposed_offset);
+
+  const PatternShape& shape() const { return shape_; }
+  const PatternView& forward() const { return forward_.view; }
+  // Made at the first call.
+  const PatternView& transposed();
+
+  // The weight's values in the order of a direction. `version` counts the weight's changes in
+  // place; -1: unknown, the values are read anew.
+  Shared values(bool transposed, const Tensor& weight, int64_t version, const char* op);
+
+  // The translation for a key; make() fills in way and offset when it is not kept.
+  std::shared_ptr<const Translation> translation(bool transposed, std::vector<int64_t> key,
+                                                 const std::function<void(Translation*)>& make);
+
+  // First rows of `parts` parts of about the same number of entries, cut at windows; parts + 1
+  // values.
+  std::vector<int64_t> balanced(bool transposed, int64_t parts);
+
+  int64_t bytes();
+
+ private:
+  struct Values {
+    const void* source;
+    int64_t version;
+    DType dtype;
+    Shared data;
+  };
+  struct Direction {
+    PatternView view{};
+    std::unique_ptr<Scratch> row_ptr, offset, row_at, place_of;
+    std::vector<int64_t> window_end;  // entries up to the end of each window of rows
+    std::vector<int64_t> window_row;  // its last row plus one
+    Values values{};
+    std::vector<std::shared_ptr<const Translation>> translations;  // latest last
+  };
+  // A kept value and where the dense weight has it.
+  struct Probe {
+    int64_t entry, weight;
+  };
+
+  static void sort(const PatternView& from, Direction* to);
+  bool current(const Values& values, const void* weight, int64_t version, DType dtype) const;
+
+  PatternShape shape_;
+  Tensor transposed_row_ptr_, transposed_offset_;
+  std::mutex mutex_;
+  Direction forward_, transposed_;
+  std::vector<Probe> probes_;
+};
+
+// The plan of that number, checked against the weight's sizes; an error names the op.
+std::shared_ptr<Plan> find_plan(int64_t id, const PatternShape& shape, const char* op);
+
+}  // namespace fastprune

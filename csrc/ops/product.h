@@ -1,0 +1,30 @@
+// What every product is given, whether its op takes a raw pattern or a plan.
+#pragma once
+
+#include <optional>
+
+#include "ops/plan.h"
+
+namespace fastprune {
+
+// What a product reads besides activations. plan: keeps what can be kept between calls; may be
+// null.
+struct ProductWeight {
+  PatternView pattern;
+  const void* values;
+  Plan* plan;
+};
+using LinearWeight = ProductWeight;
+using ConvWeight = ProductWeight;
+
+// How results are stored: contiguous, or with the batch innermost, as far as the kernel can.
+enum class Layout : int64_t { contiguous = 0, like_input = 1, batch_last = 2 };
+
+// What inference fuses into a product: the result is rounded, the residual added, ReLU applied.
+struct Epilogue {
+  std::optional<Tensor> bias;      // accumulator type
+  std::optional<Tensor> residual;  // sizes and dtype of the result
+  bool relu;
+};
+
+}  // namespace fastprune
