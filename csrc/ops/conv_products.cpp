@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/cpu/masked_conv2d.h"
+#include "ops/layout.h"
 
 namespace fastprune {
 namespace {
@@ -125,25 +126,6 @@ void multiply(const ConvWeight& w, bool transposed, const Translation& translati
 }
 
 }  // namespace
-
-bool is_batch_last(const Tensor& t) {
-  if (t.dim() != 4 || t.size(0) < 2 || t.stride(0) != 1) return false;
-  int64_t stride = t.size(0);
-  for (int64_t i : {3, 2, 1}) {
-    if (t.size(i) != 1 && t.stride(i) != stride) return false;
-    stride *= t.size(i);
-  }
-  return stride > t.size(0);  // with one value per image the two layouts are the same
-}
-
-Tensor new_activations(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
-                       bool batch_last) {
-  if (!batch_last) return torch::stable::new_empty(like, {n, c, h, w});
-  Tensor stored = torch::stable::new_empty(like, {c, h, w, n});
-  stored = torch::stable::transpose(stored, 0, 3);  // n, h, w, c
-  stored = torch::stable::transpose(stored, 1, 3);  // n, c, w, h
-  return torch::stable::transpose(stored, 2, 3);
-}
 
 Tensor conv_forward(const MaskedConv2dCall& c, const ConvWeight& weight, const Tensor& x_in,
                     const Epilogue& epilogue, Layout layout) {

@@ -7,12 +7,6 @@
 
 namespace fastprune {
 
-// True for a 4-d tensor stored (channel, y, x, batch) without gaps, and not also contiguous.
-bool is_batch_last(const Tensor& t);
-// An uninitialized tensor of these sizes.
-Tensor new_activations(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
-                       bool batch_last);
-
 Tensor conv_forward(const MaskedConv2dCall& c, const ConvWeight& weight, const Tensor& x,
                     const Epilogue& epilogue, Layout layout);
 // `weight` in transposed order.

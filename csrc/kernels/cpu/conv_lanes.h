@@ -183,6 +183,9 @@ struct LaneTile {
   int64_t group, groups;  // first lane group, and how many
   int64_t y, x, rows, cols;
   int64_t points() const { return groups * rows * cols; }
+  bool same_place(const LaneTile& t) const {
+    return y == t.y && x == t.x && rows == t.rows && cols == t.cols;
+  }
 };
 
 inline int64_t lane_items(const LaneLayout& l) {
@@ -190,12 +193,13 @@ inline int64_t lane_items(const LaneLayout& l) {
 }
 
 inline LaneTile lane_tile(const ConvGrid& g, const LaneLayout& l, int64_t item) {
-  const int64_t per_group = l.tiles_y * l.tiles_x;
+  // Lane groups innermost: with the batch innermost they share cache lines and pages.
+  const int64_t groups = ceil_div(l.lane_groups, l.groups), tile = item / groups;
   LaneTile t;
-  t.group = item / per_group * l.groups;
+  t.group = item % groups * l.groups;
   t.groups = least(l.groups, l.lane_groups - t.group);
-  t.y = item % per_group / l.tiles_x * l.rows;
-  t.x = item % l.tiles_x * l.cols;
+  t.y = tile / l.tiles_x * l.rows;
+  t.x = tile % l.tiles_x * l.cols;
   t.rows = least(l.rows, g.height - t.y);
   t.cols = least(l.cols, g.width - t.x);
   return t;
@@ -245,15 +249,20 @@ struct LanePlaces {
   int64_t runs, blanks;
 
   static int64_t bytes(const LaneLayout& l) {
-    return ceil_div(l.sources() * static_cast<int64_t>(sizeof(Run) + 4) + l.plane * 5, 64) * 64;
+    return ceil_div(l.sources() * static_cast<int64_t>(sizeof(Run) + 8) + l.plane * 5, 64) * 64;
   }
   LanePlaces(const LaneLayout& l, void* memory)
       : run(static_cast<Run*>(memory)),
         place(reinterpret_cast<int32_t*>(run + l.sources())),
         blank(place + l.sources()),
-        filled_(reinterpret_cast<uint8_t*>(blank + l.plane)) {}
+        column_(blank + l.plane),
+        filled_(reinterpret_cast<uint8_t*>(column_ + l.sources())) {}
 
+  // For the tile of an item; cheap when the last item's was in the same place.
   void find(const ConvGrid& g, const LaneLayout& l, const LaneTile& t, int lanes) {
+    if (found_ && last_.same_place(t)) return;
+    found_ = true;
+    last_ = t;
     int64_t y_low, y_high, x_low, x_high;
     l.y.range(t.y, t.rows, &y_low, &y_high);
     l.x.range(t.x, t.cols, &x_low, &x_high);
@@ -262,13 +271,16 @@ struct LanePlaces {
     y_high = least(y_high, g.source_height);
     x_high = least(x_high, g.source_width);
     std::memset(filled_, 0, static_cast<size_t>(l.plane));
+    for (int64_t x = x_low; x < x_high; ++x) {
+      column_[x - x_low] = static_cast<int32_t>(l.x.index_of(x, t.x, t.cols));
+    }
     runs = 0;
     int32_t places = 0;
     for (int64_t y = y_low; y < y_high; ++y) {
       const int64_t row = l.y.index_of(y, t.y, t.rows);
       if (row < 0) continue;
       for (int64_t x = x_low; x < x_high; ++x) {
-        const int64_t column = l.x.index_of(x, t.x, t.cols), source = y * g.source_width + x;
+        const int64_t column = column_[x - x_low], source = y * g.source_width + x;
         const int64_t at = column < 0 ? -1 : row * l.pitch + column;
         const bool follows = runs > 0 && run[runs - 1].count < lanes &&
                              run[runs - 1].source + run[runs - 1].count == source;
@@ -288,7 +300,10 @@ struct LanePlaces {
   }
 
  private:
+  int32_t* column_;  // per source column of the tile: its panel column, or -1
   uint8_t* filled_;
+  bool found_ = false;
+  LaneTile last_{};
 };
 
 // Fills the panel with `channels` channels from `first_channel` of a source of `all` channels.
@@ -311,7 +326,9 @@ void pack_lanes(const ConvGrid& g, const LaneLayout& l, const LaneTile& t, const
         const int32_t* place = places.place + run.first;
         if (batch_last) {
           const S* from = source + ((first_channel + c) * plane + run.source) * g.batch + image;
+          const int64_t next = c + 1 < channels ? plane * g.batch : 0;
           for (int j = 0; j < run.count; ++j, from += g.batch) {
+            __builtin_prefetch(from + next);
             if (place[j] >= 0) store(to + place[j] * W, load_widened(from, lanes));
           }
           continue;

@@ -1,7 +1,5 @@
 #include "kernels/cpu/masked_conv2d.h"
 
-#include <cmath>
-
 #include "kernels/cpu/conv_strips.h"
 
 namespace fastprune::FASTPRUNE_ISA {
@@ -30,6 +28,29 @@ inline void pack(const PanelPacker<S>& packer, bool scattered, const S* source,
   }
 }
 
+// Copies n results, `step` apart, to their place in the target, finished.
+template <typename S>
+inline void write_results(const MaskedConv2dArgs& a, const Accumulator<S>* from, S* to, int n) {
+  using T = Accumulator<S>;
+  constexpr int W = kLanes<T>;
+  const int64_t step = a.place.step_x;
+  if (a.residual == nullptr && !a.relu) return copy_narrowed<S>(from, to, n, step);
+  const S* added = a.residual == nullptr
+                       ? nullptr
+                       : static_cast<const S*>(a.residual) + (to - static_cast<S*>(a.target));
+  for (int j = 0; j < n; j += W) {
+    const int here = n - j < W ? n - j : W;
+    if (step == 1) {
+      finish_vector<S>(load_part(from + j, here), to + j, added == nullptr ? nullptr : added + j,
+                       a.relu, here);
+      continue;
+    }
+    for (int i = j; i < j + here; ++i) {
+      to[i * step] = finish<S>(from[i], added == nullptr ? nullptr : added + i * step, a.relu);
+    }
+  }
+}
+
 // Writes tile rows to their places in the target.
 template <typename S>
 void write_points(const MaskedConv2dArgs& a, const PointTile& t, const Accumulator<S>* tile_rows,
@@ -43,7 +64,7 @@ void write_points(const MaskedConv2dArgs& a, const PointTile& t, const Accumulat
     S* to = static_cast<S*>(a.target) + (run.image * a.pattern.rows + begin) * plane + corner;
     const Accumulator<S>* from = tile_rows + run.at;
     for (int64_t r = begin; r < end; ++r, to += plane, from += t.tile) {
-      copy_narrowed<S>(from, to, run.length, place.step_x);
+      write_results<S>(a, from, to, run.length);
     }
   }
 }
@@ -172,7 +193,7 @@ void write_strip(const MaskedConv2dArgs& a, const StripLayout& l, const Strip& s
       const T* from = memory.tile_rows + v * count * W;
       S* to = corner + image * a.pattern.rows * plane + y * place.step_y * place.width;
       for (int64_t r = 0; r < count; ++r, from += l.pitch, to += plane) {
-        copy_narrowed<S>(from, to, width, place.step_x);
+        write_results<S>(a, from, to, width);
       }
     }
     return;
@@ -186,7 +207,7 @@ void write_strip(const MaskedConv2dArgs& a, const StripLayout& l, const Strip& s
       S* to = corner + (i * a.pattern.rows + r) * plane;
       const T* from = memory.output + i * l.vectors * W;
       for (int64_t y = 0; y < s.rows; ++y) {
-        copy_narrowed<S>(from, to, width, place.step_x);
+        write_results<S>(a, from, to, width);
         from += l.pitch;
         to += place.step_y * place.width;
       }
@@ -361,16 +382,21 @@ bool translate(const ConvGrid& g, const PatternView& p, uint16_t* offset) {
 }
 
 // Lanes in use: of a strip's rows, and of the batch in the lanes.
+// Whether the batch goes to the lanes: what decides is which way leaves fewer lanes empty. Large
+// contiguous sources are better walked image by image: kLanes images at once are too many pages.
 template <typename T>
 bool prefers_lanes(const ConvGrid& g, const PatternView& p) {
-  const double W = kLanes<T>;
+  constexpr int64_t W = kLanes<T>;
+  constexpr int64_t kManyBytes = 16 << 20;
   const double filled =
-      static_cast<double>(g.batch) / (std::ceil(static_cast<double>(g.batch) / W) * W);
+      static_cast<double>(g.batch) / static_cast<double>(most(1, ceil_div(g.batch, W) * W));
   StripLayout l;
   if (!lay_out_strips<T>(g, p, &l)) return filled >= 0.5;
-  const double pitch = static_cast<double>(l.pitch);
-  const double aligned = l.pitch % kLanes<T> == 0 ? 1.0 : 0.7;
-  return filled > 0.8 * aligned * static_cast<double>(g.width) / pitch;
+  const double whole = static_cast<double>(g.width) / static_cast<double>(l.pitch);
+  const int64_t bytes = g.batch * p.groups * p.depth * g.source_height * g.source_width *
+                        static_cast<int64_t>(sizeof(T));
+  if (bytes > kManyBytes && whole > 0.85) return false;
+  return filled > (l.pitch % W == 0 ? 0.8 : 0.56) * whole;
 }
 
 template <typename T>

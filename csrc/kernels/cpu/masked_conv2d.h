@@ -51,7 +51,7 @@ struct MaskedConv2dArgs {
   void* target;                  // batch x rows x place.height x place.width, contiguous
   // Only where the way is lanes: the tensor is stored (channel, y, x, batch) instead.
   bool source_batch_last, target_batch_last;
-  const void* residual;  // added to the rounded result, stored as the target; or null
+  const void* residual;  // added to the rounded results, stored as the target; or null
   bool relu;             // then applied
 };
 

@@ -82,17 +82,28 @@ void write_lanes(const MaskedConv2dArgs& a, const LaneTile& t,
   const S* residual = static_cast<const S*>(a.residual);
   const auto added = [&](int64_t at) { return residual == nullptr ? nullptr : residual + at; };
   if (a.target_batch_last) {
-    for (int64_t r = 0; r < count; ++r) {
-      for_each_point_run(
-          t, place, a.grid.width, kLanePoints, [&](int64_t first, int n, int64_t at, int64_t k) {
-            const int lanes = static_cast<int>(least(W, batch - k * W));
-            for (int j = 0; j < n; ++j) {
-              const int64_t to = ((begin + r) * plane + at + j * place.step_x) * batch + k * W;
-              finish_vector<S>(load(memory.at(first + j, r, count)), target + to, added(to), a.relu,
-                               lanes);
-            }
-          });
-    }
+    for_each_lane_tile(t, [&](int64_t first, int vectors) {
+      const T* from = memory.tile_rows + first * count * W;
+      int64_t spot[kMaxTileVectors];
+      int lanes[kMaxTileVectors];
+      bool whole = true;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t i = first + v, x = i % t.cols, y = i / t.cols % t.rows;
+        const int64_t image = (t.group + i / (t.cols * t.rows)) * W;
+        const int64_t pixel = ((t.y + y) * place.step_y + place.first_y) * place.width +
+                              (t.x + x) * place.step_x + place.first_x;
+        spot[v] = (begin * plane + pixel) * batch + image;
+        lanes[v] = static_cast<int>(least(W, batch - image));
+        whole = whole && lanes[v] == W;
+      }
+      for (int64_t r = 0; r < count; ++r, from += vectors * W) {
+        const int64_t row = r * plane * batch;
+        for (int v = 0; v < vectors; ++v) {
+          finish_vector<S>(load(from + v * W), target + row + spot[v], added(row + spot[v]), a.relu,
+                           whole ? W : lanes[v]);
+        }
+      }
+    });
     return;
   }
   for (int64_t r = 0; r < count; ++r) {

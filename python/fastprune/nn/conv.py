@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         TypeError, ValueError: ``layer`` is not an ``nn.Conv2d`` with a plain weight, or ``mask``
             does not fit it.
     """
+
+    # Set where a ReLU that follows was fused into the layer.
+    fused_relu = False
 
     def __init__(
         self,
@@ -64,11 +68,15 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             (int(top), int(left)) if zeros and left == right and top == bottom else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, in, height, width) -> (batch, out, out height, out width)."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(batch, in, height, width) -> (batch, out, out height, out width).
+
+        ``residual``, of the result's shape, is added to it.
+        """
         if not self.sparse:
             y: Tensor = self._conv_forward(x, self._dense_weight(), self.bias)
-            return y
+            y = y if residual is None else y + residual
+            return torch.relu(y) if self.fused_relu else y
         x, weight, bias = autocast(x, self.weight, self.bias)
         check_operands("masked_conv2d", x, weight, bias)
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
@@ -94,6 +102,8 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             self.weight_grad == "dense",
             self._layout,
             weight is self.weight,
+            residual,
+            self.fused_relu,
         )
 
     def extra_repr(self) -> str:

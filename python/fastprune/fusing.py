@@ -1,0 +1,222 @@
+"""Whole inference models: what follows a sparse convolution is fused into it, layouts are kept."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from fastprune.nn import MaskedConv2d, MaskedLayer
+from fastprune.nn.affine import ChannelAffine
+from fastprune.nn.batch_last import understand_batch_last_
+from fastprune.ops import layout
+from fastprune.ops.plan import BATCH_LAST
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+_RELUS = (F.relu, torch.relu, F.relu_, torch.relu_)
+_POOLS = (
+    F.max_pool2d,
+    F.avg_pool2d,
+    F.adaptive_avg_pool2d,
+    F.adaptive_max_pool2d,
+    torch.max_pool2d,
+)
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+        return isinstance(m, MaskedLayer | ChannelAffine) or super().is_leaf_module(m, name)
+
+
+def fuse(
+    model: nn.Module, arguments: tuple[Any, ...], *, batch_last: bool, replace_norms: bool
+) -> fx.GraphModule | None:
+    """A copy of an inference model as a graph, with fewer passes over its activations.
+
+    A ReLU and a residual addition that follow a sparse convolution are done as its results are
+    written. With ``batch_last`` the sparse convolutions keep their activations with the batch
+    innermost, so that a chain of them converts once; pooling, padding and BatchNorm follow, and
+    dense convolutions get a contiguous copy.
+
+    Args:
+        model: in evaluation mode; not changed.
+        arguments: positional example inputs.
+        replace_norms: turn a BatchNorm that could not be folded into one scale and shift per
+            channel (its parameters leave the ``state_dict``).
+    Returns:
+        The graph module, or None where the model cannot be traced or nothing can be gained.
+    """
+    model = copy.deepcopy(model)
+    try:
+        graph = _Tracer().trace(model)
+        traced = fx.GraphModule(model, graph, type(model).__name__)
+        with torch.no_grad():
+            ShapeProp(traced).propagate(*arguments)
+    except Exception:  # tracing fails in as many ways as models are written
+        return None
+    for node in list(graph.nodes):  # folded BatchNorms, empty shortcuts
+        if isinstance(_module(traced, node), nn.Identity | nn.Dropout | nn.Dropout2d):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    changed = 0
+    for node in list(graph.nodes):
+        changed += _fuse_convolution(traced, node, calls)
+    if replace_norms:
+        for node in list(graph.nodes):
+            changed += _replace_norm(traced, node, calls)
+    if batch_last:
+        changed += _keep_batch_last(traced)
+    if not changed:
+        return None
+    graph.eliminate_dead_code()
+    graph.lint()
+    traced.recompile()
+    traced.eval()
+    return traced
+
+
+def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _sparse_convolution(traced: fx.GraphModule, node: fx.Node) -> bool:
+    module = _module(traced, node)
+    return isinstance(module, MaskedConv2d) and module.sparse and len(_shape(node)) == 4
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
+    return tuple(meta.shape) if hasattr(meta, "shape") else ()
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_relu(traced: fx.GraphModule, node: fx.Node | None) -> bool:
+    if node is None:
+        return False
+    if node.op == "call_function":
+        return node.target in _RELUS
+    if node.op == "call_method":
+        return node.target in ("relu", "relu_")
+    return type(_module(traced, node)) is nn.ReLU
+
+
+def _addend(node: fx.Node | None, of: fx.Node) -> fx.Node | None:
+    """What ``node`` adds to ``of``, if it is a plain addition of two tensors of one shape."""
+    if node is None or node.kwargs or len(node.args) != 2:
+        return None
+    if not (
+        (node.op == "call_function" and node.target in _ADDS)
+        or (node.op == "call_method" and node.target in ("add", "add_"))
+    ):
+        return None
+    left, right = node.args
+    other = right if left is of else left
+    if left is right or not isinstance(other, fx.Node) or not _shape(of):
+        return None
+    return other if _shape(other) == _shape(of) else None
+
+
+def _fuse_convolution(traced: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> int:
+    if not _sparse_convolution(traced, node) or calls[str(node.target)] != 1:
+        return 0
+    module = traced.get_submodule(str(node.target))
+    assert isinstance(module, MaskedConv2d)
+    last, residual = node, None
+    user = _only_user(node)
+    if (other := _addend(user, node)) is not None and not _later_convolution(traced, other, node):
+        assert user is not None
+        # An addition in place changes its left side, which nobody else may look at.
+        inplace = user.target is operator.iadd or user.target == "add_"
+        if not inplace or user.args[0] is node or len(other.users) == 1:
+            residual, last = other, user
+            user = _only_user(last)
+    if _is_relu(traced, user):
+        assert user is not None
+        module.fused_relu = True
+        last = user
+    if last is node:
+        return 0
+    with traced.graph.inserting_before(last):
+        args = (node.args[0],) if residual is None else (node.args[0], residual)
+        fused = traced.graph.call_module(str(node.target), args)
+        fused.meta = dict(last.meta)
+    last.replace_all_uses_with(fused)
+    calls[str(node.target)] = -1  # fused once
+    for dead in reversed([node, *_chain(node, last)]):
+        traced.graph.erase_node(dead)
+    return 1
+
+
+def _chain(first: fx.Node, last: fx.Node) -> list[fx.Node]:
+    """The nodes after ``first`` up to ``last``, each the only user of the one before."""
+    chain = []
+    while first is not last:
+        first = next(iter(first.users))
+        chain.append(first)
+    return chain
+
+
+def _later_convolution(traced: fx.GraphModule, other: fx.Node, node: fx.Node) -> bool:
+    """Of two convolutions that are added, the later one takes the other as its residual."""
+    if not _sparse_convolution(traced, other) or len(other.users) != 1:
+        return False
+    order = {n: i for i, n in enumerate(traced.graph.nodes)}
+    return order[other] > order[node]
+
+
+def _replace_norm(traced: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> int:
+    norm = _module(traced, node)
+    if type(norm) is not nn.BatchNorm2d or calls[str(node.target)] != 1:
+        return 0
+    if norm.running_mean is None or norm.running_var is None:
+        return 0
+    affine = ChannelAffine.of(norm)
+    user = _only_user(node)
+    if _is_relu(traced, user):
+        assert user is not None
+        affine.relu = True
+        user.replace_all_uses_with(node)
+        traced.graph.erase_node(user)
+    parent, _, child = str(node.target).rpartition(".")
+    setattr(traced.get_submodule(parent), child, affine)
+    return 1
+
+
+def _keep_batch_last(traced: fx.GraphModule) -> int:
+    changed = 0
+    for node in list(traced.graph.nodes):
+        module = _module(traced, node)
+        if _sparse_convolution(traced, node):
+            assert isinstance(module, MaskedConv2d)
+            module._layout = BATCH_LAST
+            changed += 1
+        elif isinstance(module, nn.Conv2d):
+            with traced.graph.inserting_before(node):
+                source = traced.graph.call_function(layout.contiguous, (node.args[0],))
+            node.args = (source, *node.args[1:])
+        elif node.op == "call_function" and node.target in _POOLS:
+            if not node.kwargs.get("return_indices", False):
+                node.args = (node.target, *node.args)
+                node.target = layout.pool
+        elif node.op == "call_function" and node.target is F.pad:
+            node.target = layout.pad
+        elif node.op == "output":
+            with traced.graph.inserting_before(node):
+                node.args = fx.node.map_arg(node.args, lambda n: _contiguous(traced, n))
+    understand_batch_last_(traced)
+    return changed
+
+
+def _contiguous(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
+    if len(_shape(node)) != 4:
+        return node
+    return traced.graph.call_function(layout.contiguous, (node,))
