@@ -141,9 +141,7 @@ Tensor conv_forward(const MaskedConv2dCall& c, const ConvWeight& weight, const T
   Tensor y = new_activations(x, c.batch, c.shape.rows, c.out_height, c.out_width, to_last);
   std::optional<Tensor> residual = epilogue.residual;
   if (residual.has_value() && is_batch_last(*residual) != to_last) {
-    Tensor stored = new_activations(x, c.batch, c.shape.rows, c.out_height, c.out_width, to_last);
-    torch::stable::copy_(stored, *residual);
-    residual = stored;
+    residual = copy_in_layout(*residual, to_last, "masked_conv2d");
   } else if (residual.has_value() && !to_last) {
     residual = dense(*residual);
   }

@@ -32,10 +32,9 @@ namespace {
 constexpr int64_t kColumns = 256;    // of a transposition, for one thread at a time
 constexpr int64_t kElements = 8192;  // of an elementwise op
 
-Tensor convert_layout(const Tensor& x, bool batch_last) {
-  const char* op = "convert_layout";
-  check_cpu(x, op, "x");
-  check_dim(x, 4, op, "x");
+}  // namespace
+
+Tensor copy_in_layout(const Tensor& x, bool batch_last, const char* op) {
   const DType dtype = dtype_of(x, op, "x");
   const bool from_last = is_batch_last(x);
   Tensor y = new_activations(x, x.size(0), x.size(1), x.size(2), x.size(3), batch_last);
@@ -50,6 +49,15 @@ Tensor convert_layout(const Tensor& x, bool batch_last) {
     (dtype, from, rows, cols, to, begin * kColumns, end * kColumns < cols ? end * kColumns : cols);
   });
   return y;
+}
+
+namespace {
+
+Tensor convert_layout(const Tensor& x, bool batch_last) {
+  const char* op = "convert_layout";
+  check_cpu(x, op, "x");
+  check_dim(x, 4, op, "x");
+  return copy_in_layout(x, batch_last, op);
 }
 
 Tensor channel_affine(const Tensor& x_in, const Tensor& scale, const Tensor& shift, bool relu) {

@@ -12,4 +12,7 @@ bool is_batch_last(const Tensor& t);
 Tensor new_activations(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
                        bool batch_last);
 
+// A copy of a 4-d floating tensor in the other layout, or as asked.
+Tensor copy_in_layout(const Tensor& x, bool batch_last, const char* op);
+
 }  // namespace fastprune

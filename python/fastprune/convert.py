@@ -29,15 +29,21 @@ def accelerate(
     Every masked linear and 2-d convolution layer is timed on the input that ``example_input``
     brings to it: its sparse kernel against torch's dense one (the better of contiguous and
     channels_last), both with the weights pruned; in training, dense also pays for enforcing the
-    mask. The faster one is kept. Then the whole models are
-    timed, dense and fast, with contiguous and with channels_last convolution weights; if the copy
-    loses, all its layers go back to dense kernels, and it takes the better memory format. Timings
-    are of this machine, thread count, dtype and input shape; the report says what was decided and
-    why.
+    mask. The faster one is kept. Then whole models are timed: dense and fast, with contiguous and
+    with channels_last convolution weights, and further forms of the fast one. For inference (a
+    model in evaluation mode that ``torch.fx`` can trace) BatchNorm, residual addition and ReLU
+    are fused into the sparse convolution before them; in inference and training, convolutions,
+    pooling and BatchNorm may hand each other activations with the batch innermost
+    (:mod:`fastprune.ops.layout`), so that a chain of layers converts once. The fastest is
+    returned; if the copy loses, all its layers go back to dense kernels, and it takes the better
+    memory format. Timings are of this machine, thread count, dtype and input shape, are kept for
+    layers of the same sizes and sparsity within the process, and the report says what was decided
+    and why.
 
     The layers become :class:`fastprune.nn.MaskedLinear` / :class:`fastprune.nn.MaskedConv2d`
     (with ``sparse=False`` where dense won): the ``state_dict`` keys of the model, plus the masks,
-    and pruned weights stay pruned in training. Masked parameters of other layers (1-d and 3-d
+    and pruned weights stay pruned in training. A fused model is an ``fx.GraphModule`` with the same
+    modules and the same keys. Masked parameters of other layers (1-d and 3-d
     convolutions, say) are set to zero once, and the report names them.
 
     Args:
@@ -87,8 +93,7 @@ def accelerate(
         layers.append(choose_kernel(name, layer, masked, inputs.get(owner), training, min_time))
         fast = _replace(fast, owner, masked)
     report = Report(layers=layers, training=training, folded=folded)
-    choose_whole(dense, fast, arguments, report, min_time)
-    return fast, report
+    return choose_whole(dense, fast, arguments, report, min_time), report
 
 
 def finalize(model: nn.Module) -> nn.Module:
@@ -110,7 +115,8 @@ def _plain(layer: MaskedLayer) -> nn.Module:
     dense = nn.Linear if isinstance(layer, MaskedLinear) else nn.Conv2d
     plain = dense.__new__(dense)
     nn.Module.__init__(plain)
-    hidden = {"weight_grad", "sparse", "_pattern", "_kernel_padding"}
+    hidden = {"weight_grad", "sparse", "_pattern", "_kernel_padding", "_layout", "sparse_in_chain"}
+    hidden |= {"fused_relu", "_norm", "_folded"}
     internal = set(plain.__dict__)
     for key, value in layer.__dict__.items():
         if key not in internal and key not in hidden:

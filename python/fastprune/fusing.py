@@ -13,8 +13,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from fastprune.nn import MaskedConv2d, MaskedLayer
-from fastprune.nn.affine import ChannelAffine
-from fastprune.nn.batch_last import understand_batch_last_
+from fastprune.nn.batch_last import BatchNorm2d, understand_batch_last_
 from fastprune.ops import layout
 from fastprune.ops.plan import BATCH_LAST
 
@@ -30,24 +29,23 @@ _POOLS = (
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return isinstance(m, MaskedLayer | ChannelAffine) or super().is_leaf_module(m, name)
+        return isinstance(m, MaskedLayer | BatchNorm2d) or super().is_leaf_module(m, name)
 
 
 def fuse(
-    model: nn.Module, arguments: tuple[Any, ...], *, batch_last: bool, replace_norms: bool
+    model: nn.Module, arguments: tuple[Any, ...], *, batch_last: bool
 ) -> fx.GraphModule | None:
     """A copy of an inference model as a graph, with fewer passes over its activations.
 
-    A ReLU and a residual addition that follow a sparse convolution are done as its results are
-    written. With ``batch_last`` the sparse convolutions keep their activations with the batch
+    A BatchNorm, a residual addition and a ReLU that follow a sparse convolution are done as its
+    results are written; other BatchNorms take the ReLU after them. All modules stay where they are,
+    with their parameters: the ``state_dict`` is the model's, and may be loaded. With ``batch_last`` the sparse convolutions keep their activations with the batch
     innermost, so that a chain of them converts once; pooling, padding and BatchNorm follow, and
     dense convolutions get a contiguous copy.
 
     Args:
         model: in evaluation mode; not changed.
         arguments: positional example inputs.
-        replace_norms: turn a BatchNorm that could not be folded into one scale and shift per
-            channel (its parameters leave the ``state_dict``).
     Returns:
         The graph module, or None where the model cannot be traced or nothing can be gained.
     """
@@ -65,11 +63,14 @@ def fuse(
             graph.erase_node(node)
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     changed = 0
+    if batch_last:  # the choice was made with activations stored so
+        for module in traced.modules():
+            if isinstance(module, MaskedLayer):
+                module.sparse = module.sparse_in_chain
     for node in list(graph.nodes):
         changed += _fuse_convolution(traced, node, calls)
-    if replace_norms:
-        for node in list(graph.nodes):
-            changed += _replace_norm(traced, node, calls)
+    for node in list(graph.nodes):
+        changed += _fuse_norm(traced, node, calls)
     if batch_last:
         changed += _keep_batch_last(traced)
     if not changed:
@@ -132,11 +133,16 @@ def _fuse_convolution(traced: fx.GraphModule, node: fx.Node, calls: Counter[str]
     assert isinstance(module, MaskedConv2d)
     last, residual = node, None
     user = _only_user(node)
-    if (other := _addend(user, node)) is not None and not _later_convolution(traced, other, node):
+    if _foldable(traced, user, calls):
+        assert user is not None
+        module.fuse_norm(traced.get_submodule(str(user.target)))  # type: ignore[arg-type]
+        calls[str(user.target)] = -1
+        last, user = user, _only_user(user)
+    if (other := _addend(user, last)) is not None and not _later_convolution(traced, other, node):
         assert user is not None
         # An addition in place changes its left side, which nobody else may look at.
         inplace = user.target is operator.iadd or user.target == "add_"
-        if not inplace or user.args[0] is node or len(other.users) == 1:
+        if not inplace or user.args[0] is last or len(other.users) == 1:
             residual, last = other, user
             user = _only_user(last)
     if _is_relu(traced, user):
@@ -173,21 +179,29 @@ def _later_convolution(traced: fx.GraphModule, other: fx.Node, node: fx.Node) ->
     return order[other] > order[node]
 
 
-def _replace_norm(traced: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> int:
-    norm = _module(traced, node)
-    if type(norm) is not nn.BatchNorm2d or calls[str(node.target)] != 1:
+def _foldable(traced: fx.GraphModule, node: fx.Node | None, calls: Counter[str]) -> bool:
+    """A BatchNorm that is one scale and shift per channel, called once."""
+    norm = _module(traced, node) if node is not None else None
+    return (
+        node is not None
+        and type(norm) in (nn.BatchNorm2d, BatchNorm2d)
+        and calls[str(node.target)] == 1
+        and norm.running_mean is not None  # type: ignore[union-attr]
+        and norm.running_var is not None  # type: ignore[union-attr]
+    )
+
+
+def _fuse_norm(traced: fx.GraphModule, node: fx.Node, calls: Counter[str]) -> int:
+    if not _foldable(traced, node, calls):
         return 0
-    if norm.running_mean is None or norm.running_var is None:
-        return 0
-    affine = ChannelAffine.of(norm)
+    norm = traced.get_submodule(str(node.target))
+    norm.__class__ = BatchNorm2d
     user = _only_user(node)
     if _is_relu(traced, user):
         assert user is not None
-        affine.relu = True
+        norm.fused_relu = True  # type: ignore[assignment]
         user.replace_all_uses_with(node)
         traced.graph.erase_node(user)
-    parent, _, child = str(node.target).rpartition(".")
-    setattr(traced.get_submodule(parent), child, affine)
     return 1
 
 
@@ -199,10 +213,8 @@ def _keep_batch_last(traced: fx.GraphModule) -> int:
             assert isinstance(module, MaskedConv2d)
             module._layout = BATCH_LAST
             changed += 1
-        elif isinstance(module, nn.Conv2d):
-            with traced.graph.inserting_before(node):
-                source = traced.graph.call_function(layout.contiguous, (node.args[0],))
-            node.args = (source, *node.args[1:])
+        elif isinstance(module, nn.Conv2d) and len(_shape(node)) == 4:
+            _between_layouts(traced, node)
         elif node.op == "call_function" and node.target in _POOLS:
             if not node.kwargs.get("return_indices", False):
                 node.args = (node.target, *node.args)
@@ -214,6 +226,29 @@ def _keep_batch_last(traced: fx.GraphModule) -> int:
                 node.args = fx.node.map_arg(node.args, lambda n: _contiguous(traced, n))
     understand_batch_last_(traced)
     return changed
+
+
+def _between_layouts(traced: fx.GraphModule, node: fx.Node) -> None:
+    """A dense convolution reads a contiguous tensor; what follows it works on a batch-last one."""
+    with traced.graph.inserting_before(node):
+        source = traced.graph.call_function(layout.contiguous, (node.args[0],))
+    node.args = (source, *node.args[1:])
+    last, user = node, _only_user(node)
+    if _is_relu(traced, user):
+        assert user is not None
+        with traced.graph.inserting_after(node):
+            last = traced.graph.call_function(torch.relu_, (node,))
+        last.meta = dict(user.meta)
+        user.replace_all_uses_with(last)
+        traced.graph.erase_node(user)
+    if all(isinstance(_module(traced, u), nn.Conv2d) for u in last.users) and not any(
+        _sparse_convolution(traced, u) for u in last.users
+    ):
+        return
+    with traced.graph.inserting_after(last):
+        moved = traced.graph.call_function(layout.batch_last, (last,))
+    moved.meta = dict(last.meta)
+    last.replace_all_uses_with(moved, delete_user_cb=lambda u: u is not moved)
 
 
 def _contiguous(traced: fx.GraphModule, node: fx.Node) -> fx.Node:

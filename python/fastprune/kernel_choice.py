@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import timing
-from fastprune.nn import MaskedLayer
-from fastprune.report import LayerReport, Report
+from fastprune.fusing import fuse
+from fastprune.nn import MaskedConv2d, MaskedLayer
+from fastprune.nn.batch_last import understand_batch_last_
+from fastprune.ops import layout
+from fastprune.ops.plan import BATCH_LAST
+from fastprune.report import LayerReport, Report, _isa
 
 # A layer is swapped when it is at least this much faster: noise must not decide.
 _MARGIN = 1.03
@@ -58,6 +62,37 @@ def _step(layer: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
     return train
 
 
+# Times of layers that were measured before, by everything that they depend on.
+_known: dict[tuple[Any, ...], dict[str, float]] = {}
+
+
+def _statistics(mask: Tensor) -> tuple[float, float]:
+    """Of a mask: density and the longest row over the mean one, to two digits."""
+    rows = mask.flatten(1).sum(1).float()
+    mean = float(rows.mean()) if rows.numel() else 0.0
+    density = mean / max(mask[0].numel() if len(mask) else 1, 1)
+    uneven = float(rows.max()) / mean if mean else 0.0
+    return float(f"{density:.2g}"), float(f"{uneven:.2g}")
+
+
+def _key(dense: nn.Module, masked: MaskedLayer, x: Tensor, training: bool) -> tuple[Any, ...]:
+    return (
+        repr(dense),  # type, sizes, stride, padding, dilation, groups, bias
+        *_statistics(masked.weight_mask),
+        masked.weight_grad,
+        tuple(x.shape),
+        x.dtype,
+        training,
+        torch.get_num_threads(),
+        _isa(),
+    )
+
+
+def forget_timings() -> None:
+    """Forget the layer timings that :func:`fastprune.accelerate` keeps for this process."""
+    _known.clear()
+
+
 def choose_kernel(
     name: str,
     dense: nn.Module,
@@ -76,6 +111,27 @@ def choose_kernel(
             "not reached by example_input" if x is None else f"no kernel for {x.device.type} yet"
         )
         return row
+    key = _key(dense, masked, x, training)
+    if key not in _known:
+        _known[key] = _time_layer(dense, masked, x, training, min_time)
+    medians = dict(_known[key])
+    chained = medians.pop("chained", medians["sparse"])
+    row.sparse_ms = medians.pop("sparse")
+    enforcing = max(0.0, medians.pop("masked", 0.0) - medians["contiguous"])
+    best = min(medians, key=lambda name: medians[name])
+    row.dense_ms = medians[best]
+    masked.sparse = row.sparse_ms * _MARGIN < row.dense_ms + enforcing
+    masked.sparse_in_chain = min(chained, row.sparse_ms) * _MARGIN < row.dense_ms + enforcing
+    row.chosen = "sparse" if masked.sparse else "dense"
+    if not masked.sparse:
+        row.reason = f"dense ({best}) is faster"
+    return row
+
+
+def _time_layer(
+    dense: nn.Module, masked: MaskedLayer, x: Tensor, training: bool, min_time: float
+) -> dict[str, float]:
+    """Median milliseconds of each way to run a layer."""
     candidates = {
         "sparse": _step(copy.deepcopy(masked).train(training), x, training),
         "contiguous": _step(copy.deepcopy(dense).train(training), x.contiguous(), training),
@@ -87,36 +143,58 @@ def choose_kernel(
             x.contiguous(memory_format=last),
             training,
         )
+        if x.shape[0] > 1:  # inside a chain of layers that keep the batch innermost
+            chained = copy.deepcopy(masked).train(training)
+            chained._layout = BATCH_LAST
+            candidates["chained"] = _step(chained, layout.batch_last(x), training)
     if training:  # what a layer that stays dense pays for its mask
         kept = copy.deepcopy(masked).train()
         kept.sparse = False
         candidates["masked"] = _step(kept, x.contiguous(), training)
-    medians = {
-        name: 1e3 * t.median for name, t in timing.measure(candidates, min_time=min_time).items()
-    }
-    row.sparse_ms = medians.pop("sparse")
-    enforcing = max(0.0, medians.pop("masked", 0.0) - medians["contiguous"])
-    best = min(medians, key=lambda name: medians[name])
-    row.dense_ms = medians[best]
-    masked.sparse = row.sparse_ms * _MARGIN < row.dense_ms + enforcing
-    row.chosen = "sparse" if masked.sparse else "dense"
-    if not masked.sparse:
-        row.reason = f"dense ({best}) is faster"
-    return row
+    times = timing.measure(candidates, min_time=min_time)
+    return {name: 1e3 * t.median for name, t in times.items()}
+
+
+def _variants(fast: nn.Module, arguments: tuple[Any, ...], training: bool) -> dict[str, nn.Module]:
+    """Other forms of the fast model: fused for inference, with the batch innermost."""
+    batch = next((t.shape[0] for t in arguments if isinstance(t, Tensor) and t.dim() == 4), 0)
+    chain = batch > 1 and any(
+        isinstance(m, MaskedConv2d) and m.sparse_in_chain for m in fast.modules()
+    )
+    if training:
+        return {"fast, batch last": keep_batch_last(fast)} if chain else {}
+    if fast.training:
+        return {}
+    forms = {"fast, fused": fuse(fast, arguments, batch_last=False)}
+    if chain:
+        forms["fast, fused, batch last"] = fuse(fast, arguments, batch_last=True)
+    return {name: form for name, form in forms.items() if form is not None}
+
+
+def keep_batch_last(fast: nn.Module) -> nn.Module:
+    """A copy whose sparse convolutions, pooling and BatchNorm keep the batch innermost."""
+    kept = copy.deepcopy(fast)
+    for layer in kept.modules():
+        if isinstance(layer, MaskedConv2d):
+            layer._layout = BATCH_LAST
+            layer.sparse = layer.sparse_in_chain
+    understand_batch_last_(kept)
+    return kept
 
 
 def choose_whole(
     dense: nn.Module, fast: nn.Module, arguments: tuple[Any, ...], report: Report, min_time: float
-) -> None:
-    """Time the models end to end and settle how ``fast`` runs.
+) -> nn.Module:
+    """Time the models end to end and return the one that the user gets.
 
-    Four candidates: dense kernels everywhere, or sparse where a layer won; each with contiguous
-    weights and, where there are convolutions, with channels_last weights in the dense layers. The
-    fastest one is what ``fast`` becomes.
+    Candidates: dense kernels everywhere, or sparse where a layer won; each with contiguous weights
+    and, where there are convolutions, with channels_last weights in the dense layers; and the fast
+    model fused, and with the batch innermost. If dense wins, ``fast`` goes back to dense kernels.
     """
     candidates = {"dense": dense, "fast": fast}
     if any(isinstance(m, nn.Conv2d) for m in dense.modules()):
         candidates |= {f"{name}, channels_last": m for name, m in candidates.items()}
+    candidates |= _variants(fast, arguments, report.training)
     steps = {}
     for name, model in candidates.items():
         trial = copy.deepcopy(model)
@@ -134,7 +212,7 @@ def choose_whole(
     }
     report.dense_ms, report.fast_ms = medians[best["dense"]], medians[best["fast"]]
     winner = best["fast"]
-    swapped = any(r.chosen == "sparse" for r in report.layers)
+    swapped = any(r.chosen == "sparse" for r in report.layers) or "batch last" in winner
     if not swapped or report.fast_ms > report.dense_ms:
         winner = best["dense"]
         report.reverted = swapped
@@ -145,9 +223,26 @@ def choose_whole(
             if row.chosen == "sparse":
                 row.chosen = "dense"
                 row.reason = "the whole model was not faster with sparse layers"
+    report.form = winner.partition(", ")[2] if not winner.endswith("channels_last") else ""
+    if report.form:
+        for row in report.layers:
+            _note_chain(candidates[winner], row)
+        return candidates[winner]
     if winner.endswith("channels_last"):
         _channels_last_(fast)
         report.channels_last = True
+    return fast
+
+
+def _note_chain(model: nn.Module, row: LayerReport) -> None:
+    """What a layer runs in a model that keeps the batch innermost."""
+    try:
+        layer = model.get_submodule(row.name.rpartition(".")[0])
+    except AttributeError:  # never called, hence not in the graph
+        return
+    if isinstance(layer, MaskedLayer) and row.chosen != ("sparse" if layer.sparse else "dense"):
+        row.chosen = "sparse" if layer.sparse else "dense"
+        row.reason = "with the batch innermost"
 
 
 def _channels_last_(model: nn.Module) -> None:

@@ -63,6 +63,8 @@ class Report:
         reverted: True when the fast model lost end to end and was put back on dense kernels;
             ``fast_ms`` is then the time of the attempt.
         channels_last: whether the dense convolutions' weights were stored channels_last.
+        form: further form of the fast model that was taken: "fused", "fused, batch last",
+            "batch last", or empty.
         timings: median and quartiles of every candidate, in seconds.
         threads, isa, torch_version: where this was measured.
     """
@@ -74,6 +76,7 @@ class Report:
     fast_ms: float = float("nan")
     reverted: bool = False
     channels_last: bool = False
+    form: str = ""
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
     threads: int = field(default_factory=torch.get_num_threads)
     isa: str = field(default_factory=lambda: _isa())
@@ -126,6 +129,7 @@ class Report:
             f"threads {self.threads}, ISA {self.isa}, torch {self.torch_version}"
             + (f", {self.folded} BatchNorm folded" if self.folded else "")
             + (", dense convolutions channels_last" if self.channels_last else "")
+            + (f", {self.form}" if self.form else "")
         )
         return "\n".join(lines)
 

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kMaxLaneKernel = 16;                 // per axis; larger kernels go by points
 constexpr int64_t kLanePanelBytes = 512 << 10;     // panel and accumulators share a 1 MB L2 cache
-constexpr int64_t kLaneRowsBytes = 384 << 10;      // accumulators of one tile
+constexpr int64_t kLaneRowsBytes = 512 << 10;      // accumulators of one tile
 constexpr int64_t kLanePoints = 256;               // grid points of one tile, at most
 constexpr int64_t kLaneRowChunk = 8 * kRowWindow;  // rows whose accumulators are held at once
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastprune.nn.batch_last import scale_and_shift, versions
 from fastprune.nn.masked import MaskedLayer, WeightGrad
 from fastprune.ops.masked_conv2d import apply_conv2d, check_room
 from fastprune.ops.pattern import autocast, check_operands
@@ -32,8 +35,11 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             does not fit it.
     """
 
-    # Set where a ReLU that follows was fused into the layer.
+    # Set where a ReLU or a BatchNorm that follows was fused into the layer. The BatchNorm is not a
+    # submodule: it stays where the model has it.
     fused_relu = False
+    _norm: tuple[nn.BatchNorm2d, ...] = ()
+    _folded: tuple[Any, Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -73,11 +79,14 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
         ``residual``, of the result's shape, is added to it.
         """
+        if self._norm and (torch.is_grad_enabled() or not self.sparse or self.training):
+            return self._unfused(x, residual)
         if not self.sparse:
             y: Tensor = self._conv_forward(x, self._dense_weight(), self.bias)
             y = y if residual is None else y + residual
             return torch.relu(y) if self.fused_relu else y
-        x, weight, bias = autocast(x, self.weight, self.bias)
+        own, bias = self._folded_parameters() if self._norm else (self.weight, self.bias)
+        x, weight, bias = autocast(x, own, bias)
         check_operands("masked_conv2d", x, weight, bias)
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
@@ -101,10 +110,49 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             self.groups,
             self.weight_grad == "dense",
             self._layout,
-            weight is self.weight,
+            weight is own,
             residual,
             self.fused_relu,
         )
+
+    def train(self, mode: bool = True) -> MaskedConv2d:
+        """As ``nn.Module.train``; folded weights are forgotten."""
+        self._folded = None
+        super().train(mode)
+        return self
+
+    def fuse_norm(self, norm: nn.BatchNorm2d) -> None:
+        """Apply ``norm``, as it is in evaluation mode, with the convolution (inference only).
+
+        Folded weights are kept until the weight, the bias or the BatchNorm changes in place, or
+        ``train()`` or ``eval()`` is called. A change through ``.data`` alone is not noticed.
+        """
+        self._norm = (norm,)
+
+    def _unfused(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        norm, relu = self._norm, self.fused_relu
+        self._norm, self.fused_relu = (), False
+        try:
+            y: Tensor = norm[0](self(x))
+        finally:
+            self._norm, self.fused_relu = norm, relu
+        y = y if residual is None else y + residual
+        return torch.relu(y) if relu else y
+
+    def _folded_parameters(self) -> tuple[Tensor, Tensor]:
+        (norm,) = self._norm
+        now = versions(
+            (self.weight, self.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        kept = self._folded
+        if kept is None or now is None or kept[0] != now:
+            scale, shift = scale_and_shift(norm)
+            if self.bias is not None:
+                shift = shift + self.bias.double() * scale
+            weight = self.weight.double() * scale[:, None, None, None]
+            kept = (now, weight.to(self.weight.dtype), shift.to(self.weight.dtype))
+            self._folded = kept
+        return kept[1], kept[2]
 
     def extra_repr(self) -> str:
         """The dense layer's description and the mask's."""

@@ -33,6 +33,8 @@ class MaskedLayer(nn.Module):
     _pattern: Pattern
     # How results are stored (fastprune.ops.plan): as the input is, unless accelerate decides.
     _layout: int = LIKE_INPUT
+    # What accelerate found for activations with the batch innermost.
+    sparse_in_chain: bool = True
 
     def _adopt(self, layer: nn.Module, mask: Tensor, weight_grad: WeightGrad, sparse: bool) -> None:
         """Take over the parameters of a dense layer; called by the subclasses' constructors."""
