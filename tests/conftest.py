@@ -44,3 +44,11 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_timed_before() -> Iterator[None]:
+    """accelerate keeps layer timings; a test that replaces the clock must not leave its own."""
+    fastprune.kernel_choice.forget_timings()
+    yield
+    fastprune.kernel_choice.forget_timings()

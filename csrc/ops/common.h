@@ -74,8 +74,8 @@ inline int64_t checked_product(int64_t a, int64_t b, const char* op) {
   return product;
 }
 
-// Asks for huge pages behind fresh memory that is about to be written. The first touch of 4 KB pages
-// costs six times as much as the writing; most systems give huge pages to those who ask only.
+// Asks for huge pages behind fresh memory that is about to be written. The first touch of 4 KB
+// pages costs six times as much as the writing; most systems give huge pages to those who ask only.
 inline void advise_huge_pages([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;

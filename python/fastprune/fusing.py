@@ -27,6 +27,7 @@ _POOLS = (
     torch.max_pool2d,
 )
 
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
         return isinstance(m, MaskedLayer | BatchNorm2d) or super().is_leaf_module(m, name)
@@ -39,9 +40,10 @@ def fuse(
 
     A BatchNorm, a residual addition and a ReLU that follow a sparse convolution are done as its
     results are written; other BatchNorms take the ReLU after them. All modules stay where they are,
-    with their parameters: the ``state_dict`` is the model's, and may be loaded. With ``batch_last`` the sparse convolutions keep their activations with the batch
-    innermost, so that a chain of them converts once; pooling, padding and BatchNorm follow, and
-    dense convolutions get a contiguous copy.
+    with their parameters: the ``state_dict`` is the model's, and may be loaded. With ``batch_last``
+    the sparse convolutions keep their activations with the batch innermost, so that a chain of them
+    converts once; pooling, padding and BatchNorm follow, and dense convolutions get a contiguous
+    copy.
 
     Args:
         model: in evaluation mode; not changed.

@@ -5,8 +5,8 @@
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
 
-// Blocks of kLanes x kLanes in registers. `from` is walked along its rows, four blocks at a time, so
-// that each of the kLanes streams is read for a few cache lines in a row.
+// Blocks of kLanes x kLanes in registers. `from` is walked along its rows, four blocks at a time,
+// so that each of the kLanes streams is read for a few cache lines in a row.
 template <typename T>
 void transpose_blocks(const T* from, int64_t rows, int64_t cols, T* to, int64_t begin,
                       int64_t end) {
@@ -43,7 +43,8 @@ void transpose_halves(const uint16_t* from, int64_t rows, int64_t cols, uint16_t
   for (int64_t j0 = begin; j0 < end; j0 += kBlock) {
     for (int64_t i0 = 0; i0 < rows; i0 += kBlock) {
       for (int64_t j = j0; j < least(end, j0 + kBlock); ++j) {
-        for (int64_t i = i0; i < least(rows, i0 + kBlock); ++i) to[j * rows + i] = from[i * cols + j];
+        for (int64_t i = i0; i < least(rows, i0 + kBlock); ++i)
+          to[j * rows + i] = from[i * cols + j];
       }
     }
   }

@@ -2,8 +2,8 @@
 
 A 4-d tensor (N, C, H, W) is batch last when its strides are (1, H * W * N, W * N, N). Shapes and
 indexing are as ever; only the order in memory differs, as with ``torch.channels_last``. The sparse
-convolutions read and write this layout without conversions, and torch's elementwise ops keep it. The
-functions here are for those that would not.
+convolutions read and write this layout without conversions, and torch's elementwise ops keep it.
+The functions here are for those that would not.
 """
 
 from __future__ import annotations
