@@ -95,7 +95,7 @@ def _sparse_convolution(traced: fx.GraphModule, node: fx.Node) -> bool:
 
 def _shape(node: Any) -> tuple[int, ...]:
     meta = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return tuple(meta.shape) if hasattr(meta, "shape") else ()
+    return tuple(meta.shape) if meta is not None and hasattr(meta, "shape") else ()
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

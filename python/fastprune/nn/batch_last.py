@@ -125,4 +125,4 @@ def understand_batch_last_(model: nn.Module) -> None:
     for module in model.modules():
         taught = _TAUGHT.get(type(module))
         if taught is not None:
-            module.__class__ = taught  # type: ignore[assignment]
+            module.__class__ = taught

@@ -85,7 +85,12 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             y: Tensor = self._conv_forward(x, self._dense_weight(), self.bias)
             y = y if residual is None else y + residual
             return torch.relu(y) if self.fused_relu else y
-        own, bias = self._folded_parameters() if self._norm else (self.weight, self.bias)
+        own: Tensor | None
+        if self._norm:
+            own, bias = self._folded_parameters()
+        else:  # not through Module.__getattr__, which is slow
+            own, bias = self._parameters["weight"], self._parameters["bias"]
+        assert own is not None
         x, weight, bias = autocast(x, own, bias)
         check_operands("masked_conv2d", x, weight, bias)
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:

@@ -47,7 +47,9 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         """(..., in) -> (..., out)."""
         if not self.sparse:
             return F.linear(x, self._dense_weight(), self.bias)
-        x, weight, bias = autocast(x, self.weight, self.bias)
+        own = self._parameters["weight"]  # not through Module.__getattr__, which is slow
+        assert own is not None
+        x, weight, bias = autocast(x, own, self._parameters["bias"])
         check_operands("masked_linear", x, weight, bias)
         if x.dim() < 1 or x.shape[-1] != self.in_features:
             raise ValueError(
@@ -60,7 +62,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             self._pattern,
             self.weight_grad == "dense",
             self._layout,
-            weight is self.weight,
+            weight is own,
         )
 
     def extra_repr(self) -> str:

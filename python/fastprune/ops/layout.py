@@ -26,7 +26,7 @@ def is_batch_last(x: Tensor) -> bool:
 
 def batch_last(x: Tensor) -> Tensor:
     """``x`` (N, C, H, W) stored with the batch innermost; itself if it is. No gradient."""
-    return x if is_batch_last(x) else torch.ops.fastprune.convert_layout(x, True)  # type: ignore[no-any-return]
+    return x if is_batch_last(x) else torch.ops.fastprune.convert_layout(x, True)
 
 
 def contiguous(x: Tensor) -> Tensor:

@@ -103,6 +103,13 @@ def check_room(
     x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]
 ) -> None:
     """The padded input must hold the dilated kernel once."""
+    height, width = x.shape[-2:]
+    spans = weight.shape[2] - 1, weight.shape[3] - 1
+    if (
+        0 < height >= dilation[0] * spans[0] + 1 - 2 * padding[0]
+        and 0 < width >= dilation[1] * spans[1] + 1 - 2 * padding[1]
+    ):
+        return
     for axis in (0, 1):
         room = x.shape[axis - 2] + 2 * padding[axis]
         span = dilation[axis] * (weight.shape[axis + 2] - 1) + 1

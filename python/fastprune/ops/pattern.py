@@ -15,6 +15,7 @@ from fastprune.ops.plan import Plan
 _BLOCK_COLS = (128, 1024)
 _ENTRIES_PER_BLOCK = 16
 _MAX_BLOCK_COLS = 32767
+_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 class Pattern(NamedTuple):
@@ -128,10 +129,15 @@ def as_pattern(mask: Tensor | Pattern, weight: Tensor, groups: int = 1) -> Patte
     return mask
 
 
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
 def autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast floating arguments as autocast does for torch's own linear and convolution."""
+    if not _any_autocast():
+        return x, weight, bias
     device = x.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
         return x, weight, bias
@@ -162,7 +168,17 @@ def needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The checks that linear and convolution share: types, devices, the bias's shape."""
-    if x.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    if (  # the usual case, in one go: small calls cost as much as their checks
+        x.dtype is weight.dtype
+        and x.dtype in _DTYPES
+        and x.device == weight.device
+        and (
+            bias is None or (bias.dtype is x.dtype and bias.device == x.device and bias.dim() == 1)
+        )
+        and (bias is None or bias.shape[0] == weight.shape[0])
+    ):
+        return
+    if x.dtype not in _DTYPES:
         raise TypeError(f"{op}: x: expected float32, float64, bfloat16 or float16, got {x.dtype}")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is None:
