@@ -85,13 +85,11 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             y: Tensor = self._conv_forward(x, self._dense_weight(), self.bias)
             y = y if residual is None else y + residual
             return torch.relu(y) if self.fused_relu else y
-        own: Tensor | None
-        if self._norm:
-            own, bias = self._folded_parameters()
-        else:  # not through Module.__getattr__, which is slow
-            own, bias = self._parameters["weight"], self._parameters["bias"]
-        assert own is not None
-        x, weight, bias = autocast(x, own, bias)
+        # Not through Module.__getattr__, which is slow.
+        own, own_bias = self._parameters["weight"], self._parameters["bias"]
+        kept, kept_bias = self._folded_parameters() if self._norm else (own, own_bias)
+        assert kept is not None
+        x, weight, bias = autocast(x, kept, kept_bias)
         check_operands("masked_conv2d", x, weight, bias)
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
@@ -115,7 +113,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             self.groups,
             self.weight_grad == "dense",
             self._layout,
-            weight is own,
+            weight is kept,
             residual,
             self.fused_relu,
         )
