@@ -84,6 +84,35 @@ def fuse(
     return traced
 
 
+def fuse_relu_(model: nn.Module) -> int:
+    """Give each BatchNorm the ``nn.ReLU`` that follows it, in place; for training too.
+
+    Only where both are called once and nobody else sees what is between them. The ReLU becomes an
+    ``nn.Identity``. Returns how many; 0 where the model cannot be traced.
+    """
+    understand_batch_last_(model)
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # tracing fails in as many ways as models are written
+        return 0
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    fused = 0
+    for node in graph.nodes:
+        user = _only_user(node)
+        if node.op != "call_module" or user is None or user.op != "call_module":
+            continue
+        if calls[str(node.target)] != 1 or calls[str(user.target)] != 1:
+            continue
+        norm, relu = model.get_submodule(str(node.target)), model.get_submodule(str(user.target))
+        if type(norm) is not BatchNorm2d or type(relu) is not nn.ReLU:
+            continue
+        norm.fused_relu = True
+        parent, _, child = str(user.target).rpartition(".")
+        setattr(model.get_submodule(parent), child, nn.Identity())
+        fused += 1
+    return fused
+
+
 def _module(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 

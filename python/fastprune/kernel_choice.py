@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import timing
-from fastprune.fusing import fuse
+from fastprune.fusing import fuse, fuse_relu_
 from fastprune.nn import MaskedConv2d, MaskedLayer
-from fastprune.nn.batch_last import understand_batch_last_
 from fastprune.ops import layout
 from fastprune.ops.plan import BATCH_LAST
 from fastprune.report import LayerReport, Report, _isa
@@ -172,13 +171,16 @@ def _variants(fast: nn.Module, arguments: tuple[Any, ...], training: bool) -> di
 
 
 def keep_batch_last(fast: nn.Module) -> nn.Module:
-    """A copy whose sparse convolutions, pooling and BatchNorm keep the batch innermost."""
+    """A copy whose sparse convolutions, pooling and BatchNorm keep the batch innermost.
+
+    BatchNorm takes the ReLU after it.
+    """
     kept = copy.deepcopy(fast)
     for layer in kept.modules():
         if isinstance(layer, MaskedConv2d):
             layer._layout = BATCH_LAST
             layer.sparse = layer.sparse_in_chain
-    understand_batch_last_(kept)
+    fuse_relu_(kept)
     return kept
 
 

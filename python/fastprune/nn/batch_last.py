@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastprune.ops import layout
 
@@ -60,10 +61,41 @@ def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, shift
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` in the layout of its input; one scale and shift where nothing is learned.
+class _Normalize(torch.autograd.Function):
+    """Batch statistics, normalization and ReLU: (y, mean, biased variance)."""
 
-    The scale and shift are kept until a parameter or statistic is changed in place or replaced.
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, variance, invstd = torch.ops.fastprune.batch_norm(x, weight, bias, eps, relu)
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        ctx.relu = relu
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, invstd = ctx.saved_tensors
+        x_grad, weight_grad, bias_grad = torch.ops.fastprune.batch_norm_grad(
+            grad, x, weight, bias, mean, invstd, ctx.relu
+        )
+        return (
+            x_grad,
+            None if weight is None else weight_grad,
+            None if bias is None else bias_grad,
+            None,
+            None,
+        )
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` in the layout of its input, with a ReLU where one was fused.
+
+    Training makes one pass from memory forward and one back, the others over one channel in the
+    cache; differentiable once. Evaluation without gradients is one scale and shift per channel,
+    kept until a parameter or statistic is changed in place or replaced.
     """
 
     # Set where a ReLU that follows was fused into the layer.
@@ -74,6 +106,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         """(N, C, H, W) -> the same."""
         if self._is_affine(x):
             return self._affine(x)
+        if self.training and self._is_plain(x):
+            return self._normalize(x)
         if layout.is_batch_last(x):  # to torch, one image per channel
             n, c, h, w = x.shape
             y = super().forward(x.permute(1, 2, 3, 0).reshape(1, c, h * w * n, 1))
@@ -97,6 +131,34 @@ class BatchNorm2d(nn.BatchNorm2d):
             and not (torch.is_grad_enabled() and (x.requires_grad or self.affine))
             and not torch.compiler.is_compiling()
         )
+
+    def _is_plain(self, x: Tensor) -> bool:
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return (
+            x.dim() == 4
+            and x.device.type == "cpu"
+            and x.is_floating_point()
+            and x.shape[1] == self.num_features
+            and x.numel() > x.shape[1]  # torch's own error where a channel has one value
+            and all(t is None or t.dtype == kind for t in (self.weight, self.bias))
+            and (self.running_mean is None or self.running_mean.dtype == kind)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        y, mean, variance = _Normalize.apply(x, self.weight, self.bias, self.eps, self.fused_relu)
+        if self.track_running_stats and self.running_mean is not None:
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            momentum = self.momentum
+            if momentum is None:  # the mean of all batches
+                momentum = 1.0 / float(self.num_batches_tracked)
+            count = x.numel() // x.shape[1]
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (count / (count - 1)), momentum)
+        return y  # type: ignore[no-any-return]
 
     def _affine(self, x: Tensor) -> Tensor:
         now = versions((self.running_mean, self.running_var, self.weight, self.bias))
@@ -126,3 +188,14 @@ def understand_batch_last_(model: nn.Module) -> None:
         taught = _TAUGHT.get(type(module))
         if taught is not None:
             module.__class__ = taught
+
+
+@torch.library.register_fake("fastprune::batch_norm")
+def _(x: Tensor, weight: Any, bias: Any, eps: float, relu: bool) -> tuple[Tensor, ...]:
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (torch.empty_like(x), *(x.new_empty(x.shape[1], dtype=kind) for _ in range(3)))
+
+
+@torch.library.register_fake("fastprune::batch_norm_grad")
+def _(y_grad: Tensor, x: Tensor, weight: Any, bias: Any, mean: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
