@@ -30,9 +30,10 @@ std::optional<Tensor> dense_or_none(const std::optional<Tensor>& t) {
   return t.has_value() ? std::optional<Tensor>(dense(*t)) : std::nullopt;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
-    const Tensor& x_in, const std::optional<Tensor>& weight_in,
-    const std::optional<Tensor>& bias_in, double eps, bool relu) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(const Tensor& x_in,
+                                                          const std::optional<Tensor>& weight_in,
+                                                          const std::optional<Tensor>& bias_in,
+                                                          double eps, bool relu) {
   const char* op = "batch_norm";
   check_cpu(x_in, op, "x");
   check_dim(x_in, 4, op, "x");
@@ -64,9 +65,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_cpu(
   return {y, mean, variance, invstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_grad_cpu(
-    const Tensor& y_grad_in, const Tensor& x_in, const std::optional<Tensor>& weight_in,
-    const std::optional<Tensor>& bias_in, const Tensor& mean, const Tensor& invstd, bool relu) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_grad_cpu(const Tensor& y_grad_in, const Tensor& x_in,
+                                                       const std::optional<Tensor>& weight_in,
+                                                       const std::optional<Tensor>& bias_in,
+                                                       const Tensor& mean, const Tensor& invstd,
+                                                       bool relu) {
   const char* op = "batch_norm_grad";
   check_cpu(x_in, op, "x");
   check_cpu(y_grad_in, op, "y_grad");
@@ -81,9 +84,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_grad_cpu(
   check_channels(invstd, x_in, dtype, op, "invstd");
   const bool last = is_batch_last(x_in);
   const Tensor x = last ? x_in : dense(x_in);
-  const Tensor y_grad = is_batch_last(y_grad_in) == last
-                            ? (last ? y_grad_in : dense(y_grad_in))
-                            : copy_in_layout(y_grad_in, last, op);
+  const Tensor y_grad = is_batch_last(y_grad_in) == last ? (last ? y_grad_in : dense(y_grad_in))
+                                                         : copy_in_layout(y_grad_in, last, op);
   const std::optional<Tensor> weight = dense_or_none(weight_in), bias = dense_or_none(bias_in);
   const Tensor means = dense(mean), invstds = dense(invstd);
   Tensor x_grad = new_activations(x, x.size(0), x.size(1), x.size(2), x.size(3), last);

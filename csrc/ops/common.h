@@ -86,6 +86,19 @@ inline void advise_huge_pages([[maybe_unused]] const Tensor& t) {
 #endif
 }
 
+// Uninitialized CPU memory of the dtype of `like`, without going through a view: autograd forbids
+// changes in place of views that an op returns.
+inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides,
+                            int64_t dims) {
+  int32_t dtype = 0;
+  AtenTensorHandle made = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(like.get(), &dtype) == 0 &&
+                      aoti_torch_empty_strided(dims, sizes, strides, dtype,
+                                               aoti_torch_device_type_cpu(), 0, &made) == 0,
+                  "fastprune: a result could not be allocated");
+  return Tensor(made);
+}
+
 // Contiguous; the data pointer is what a kernel reads.
 inline Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
 

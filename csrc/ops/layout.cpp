@@ -18,13 +18,11 @@ bool is_batch_last(const Tensor& t) {
 
 Tensor new_activations(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w,
                        bool batch_last) {
-  Tensor stored = batch_last ? torch::stable::new_empty(like, {c, h, w, n})
-                             : torch::stable::new_empty(like, {n, c, h, w});
-  advise_huge_pages(stored);
-  if (!batch_last) return stored;
-  stored = torch::stable::transpose(stored, 0, 3);  // n, h, w, c
-  stored = torch::stable::transpose(stored, 1, 3);  // n, c, w, h
-  return torch::stable::transpose(stored, 2, 3);
+  const int64_t sizes[4] = {n, c, h, w};
+  const int64_t contiguous[4] = {c * h * w, h * w, w, 1}, last[4] = {1, h * w * n, w * n, n};
+  Tensor made = empty_strided(like, sizes, batch_last ? last : contiguous, 4);
+  advise_huge_pages(made);
+  return made;
 }
 
 namespace {

@@ -57,7 +57,8 @@ bool is_batch_last_2d(const Tensor& t) {
 
 Tensor new_matrix(const Tensor& like, int64_t n, int64_t c, bool batch_last) {
   if (!batch_last) return torch::stable::new_empty(like, {n, c});
-  return torch::stable::transpose(torch::stable::new_empty(like, {c, n}), 0, 1);
+  const int64_t sizes[2] = {n, c}, strides[2] = {1, n};
+  return empty_strided(like, sizes, strides, 2);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,24 +14,24 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from fastprune.nn import MaskedConv2d, MaskedLayer
-from fastprune.nn.batch_last import BatchNorm2d, understand_batch_last_
+from fastprune.nn.batch_last import Apply, BatchNorm2d, understand_batch_last_
 from fastprune.ops import layout
 from fastprune.ops.plan import BATCH_LAST
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 _RELUS = (F.relu, torch.relu, F.relu_, torch.relu_)
-_POOLS = (
-    F.max_pool2d,
-    F.avg_pool2d,
-    F.adaptive_avg_pool2d,
-    F.adaptive_max_pool2d,
-    torch.max_pool2d,
-)
+_POOLS = {
+    F.max_pool2d: layout.max_pool2d,
+    torch.max_pool2d: layout.max_pool2d,
+    F.avg_pool2d: layout.avg_pool2d,
+    F.adaptive_avg_pool2d: layout.adaptive_avg_pool2d,
+    F.adaptive_max_pool2d: layout.adaptive_max_pool2d,
+}
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, name: str) -> bool:
-        return isinstance(m, MaskedLayer | BatchNorm2d) or super().is_leaf_module(m, name)
+        return type(m).__module__.startswith("fastprune.nn.") or super().is_leaf_module(m, name)
 
 
 def fuse(
@@ -59,7 +60,9 @@ def fuse(
             ShapeProp(traced).propagate(*arguments)
     except Exception:  # tracing fails in as many ways as models are written
         return None
-    for node in list(graph.nodes):  # folded BatchNorms, empty shortcuts
+    for node in list(graph.nodes):
+        node.type = None  # annotations as strings would stand in the way of pickling
+        # Folded BatchNorms, empty shortcuts.
         if isinstance(_module(traced, node), nn.Identity | nn.Dropout | nn.Dropout2d):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -248,10 +251,9 @@ def _keep_batch_last(traced: fx.GraphModule) -> int:
             _between_layouts(traced, node)
         elif node.op == "call_function" and node.target in _POOLS:
             if not node.kwargs.get("return_indices", False):
-                node.args = (node.target, *node.args)
-                node.target = layout.pool
+                _redirect(traced, node, _POOLS[node.target])
         elif node.op == "call_function" and node.target is F.pad:
-            node.target = layout.pad
+            _redirect(traced, node, layout.pad)
         elif node.op == "output":
             with traced.graph.inserting_before(node):
                 node.args = fx.node.map_arg(node.args, lambda n: _contiguous(traced, n))
@@ -262,7 +264,7 @@ def _keep_batch_last(traced: fx.GraphModule) -> int:
 def _between_layouts(traced: fx.GraphModule, node: fx.Node) -> None:
     """A dense convolution reads a contiguous tensor; what follows it works on a batch-last one."""
     with traced.graph.inserting_before(node):
-        source = traced.graph.call_function(layout.contiguous, (node.args[0],))
+        source = _call(traced, layout.contiguous, (node.args[0],))
     node.args = (source, *node.args[1:])
     last, user = node, _only_user(node)
     if _is_relu(traced, user):
@@ -277,7 +279,7 @@ def _between_layouts(traced: fx.GraphModule, node: fx.Node) -> None:
     ):
         return
     with traced.graph.inserting_after(last):
-        moved = traced.graph.call_function(layout.batch_last, (last,))
+        moved = _call(traced, layout.batch_last, (last,))
     moved.meta = dict(last.meta)
     last.replace_all_uses_with(moved, delete_user_cb=lambda u: u is not moved)
 
@@ -285,4 +287,25 @@ def _between_layouts(traced: fx.GraphModule, node: fx.Node) -> None:
 def _contiguous(traced: fx.GraphModule, node: fx.Node) -> fx.Node:
     if len(_shape(node)) != 4:
         return node
-    return traced.graph.call_function(layout.contiguous, (node,))
+    return _call(traced, layout.contiguous, (node,))
+
+
+def _call(
+    traced: fx.GraphModule,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+) -> fx.Node:
+    """A call of one of our functions, by a module: unpickling a graph traces into functions."""
+    name = f"fastprune_{function.__name__}"
+    if not hasattr(traced, name):
+        traced.add_submodule(name, Apply(function))
+    return traced.graph.call_module(name, args, kwargs)
+
+
+def _redirect(traced: fx.GraphModule, node: fx.Node, function: Callable[..., Any]) -> None:
+    with traced.graph.inserting_before(node):
+        called = _call(traced, function, node.args, dict(node.kwargs))
+    called.meta = dict(node.meta)
+    node.replace_all_uses_with(called)
+    traced.graph.erase_node(node)

@@ -124,12 +124,10 @@ void normalize_grad(const BatchNormGradArgs& a, int64_t c) {
   });
   sums.flush();
   static_cast<T*>(a.bias_grad)[c] = static_cast<T>(sums.total(0));
-  static_cast<T*>(a.weight_grad)[c] =
-      static_cast<T>(sums.total(1) * static_cast<double>(invstd));
+  static_cast<T*>(a.weight_grad)[c] = static_cast<T>(sums.total(1) * static_cast<double>(invstd));
   const Vec<T> mean_g = broadcast(static_cast<T>(sums.total(0) / count));
-  const Vec<T> slope = broadcast(static_cast<T>(sums.total(1) / count *
-                                                static_cast<double>(invstd) *
-                                                static_cast<double>(invstd)));
+  const Vec<T> slope = broadcast(static_cast<T>(
+      sums.total(1) / count * static_cast<double>(invstd) * static_cast<double>(invstd)));
   for_each_vector<T>(a.runs, c, [&](int64_t i, int n) {
     const Vec<T> centered = load_widened(x + i, n) - center;
     const Vec<T> g = passed(centered, load_widened(dy + i, n));

@@ -16,7 +16,8 @@ struct ChannelRuns {
   int64_t count() const { return pieces * length; }
 };
 
-// y = relu?((x - mean) * invstd * weight + bias), with the mean and biased variance of each channel.
+// y = relu?((x - mean) * invstd * weight + bias), with the mean and biased variance of each
+// channel.
 struct BatchNormArgs {
   DType dtype;  // of x and y
   ChannelRuns runs;
@@ -33,8 +34,8 @@ struct BatchNormGradArgs {
   ChannelRuns runs;
   bool relu;
   const void *x, *y_grad;
-  const void *weight, *bias;    // as above
-  const void *mean, *invstd;    // as written above
+  const void *weight, *bias;  // as above
+  const void *mean, *invstd;  // as written above
   void* x_grad;
   void *weight_grad, *bias_grad;  // accumulator type, written
 };

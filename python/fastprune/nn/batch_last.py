@@ -6,7 +6,7 @@ is stored (see :mod:`fastprune.ops.layout`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,23 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastprune.ops import layout
+from fastprune.ops.pattern import below_autograd
+
+
+class Apply(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns."""
+        return self.function(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The function's name."""
+        return str(self.function.__name__)
 
 
 class MaxPool2d(nn.MaxPool2d):
@@ -68,7 +85,8 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, variance, invstd = torch.ops.fastprune.batch_norm(x, weight, bias, eps, relu)
+        with below_autograd():  # the result is no view: it may be changed in place
+            y, mean, variance, invstd = torch.ops.fastprune.batch_norm(x, weight, bias, eps, relu)
         ctx.save_for_backward(x, weight, bias, mean, invstd)
         ctx.relu = relu
         ctx.mark_non_differentiable(mean, variance)
@@ -197,5 +215,7 @@ def _(x: Tensor, weight: Any, bias: Any, eps: float, relu: bool) -> tuple[Tensor
 
 
 @torch.library.register_fake("fastprune::batch_norm_grad")
-def _(y_grad: Tensor, x: Tensor, weight: Any, bias: Any, mean: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _(
+    y_grad: Tensor, x: Tensor, weight: Any, bias: Any, mean: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     return torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)

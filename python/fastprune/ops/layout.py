@@ -50,6 +50,26 @@ def pool(function: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) 
     return function(x.permute(1, 0, 2, 3), *args, **kwargs).permute(1, 0, 2, 3)
 
 
+def max_pool2d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``torch.nn.functional.max_pool2d`` in the layout of ``x``; no indices."""
+    return pool(F.max_pool2d, x, *args, **kwargs)
+
+
+def avg_pool2d(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``torch.nn.functional.avg_pool2d`` in the layout of ``x``."""
+    return pool(F.avg_pool2d, x, *args, **kwargs)
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: Any) -> Tensor:
+    """``torch.nn.functional.adaptive_avg_pool2d`` in the layout of ``x``."""
+    return pool(F.adaptive_avg_pool2d, x, output_size)
+
+
+def adaptive_max_pool2d(x: Tensor, output_size: Any) -> Tensor:
+    """``torch.nn.functional.adaptive_max_pool2d`` in the layout of ``x``; no indices."""
+    return pool(F.adaptive_max_pool2d, x, output_size)
+
+
 def pad(
     x: Tensor, padding: list[int], mode: str = "constant", value: float | None = None
 ) -> Tensor:
