@@ -100,8 +100,11 @@ struct LaneLayout {
   int64_t row_chunk;         // rows whose accumulators are held at once
 
   int64_t points() const { return groups * rows * cols; }
-  int64_t sources() const {  // source pixels that a tile looks at, at most
-    return y.extent * (x.extent + 2 * x.phases + 2) * x.step;
+  // Source pixels in the runs of a tile, at most: what each phase spans, and the end of a run that
+  // begins in a phase and goes on behind it.
+  int64_t sources() const {
+    constexpr int64_t lanes = kVectorBytes / static_cast<int64_t>(sizeof(float));
+    return y.extent * (x.extent * x.step + x.phases * lanes);
   }
 };
 
