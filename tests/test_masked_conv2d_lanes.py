@@ -456,6 +456,35 @@ def test_taps_further_apart_than_a_vector(every_isa: Any, axis: int) -> None:
             assert torch.equal(conv.input_grad(batch_last(expected), x), back), f"{isa} {what}"
 
 
+@pytest.mark.parametrize("batch", [16, 5])
+def test_few_points_of_wide_maps(every_isa: Any, batch: int) -> None:
+    # A tile then reads a few pixels of a long row.
+    for size, kernel, stride, dilation, padding in [
+        ((1, 315), (1, 7), (2, 7), (1, 50), (2, 0)),
+        ((1, 1315), (1, 7), (1, 7), (1, 150), (2, 9)),
+        ((2, 901), (1, 4), (3, 16), (3, 300), (1, 0)),
+        ((9, 2600), (3, 2), (1, 16), (1, 2500), (1, 1)),
+        ((4, 800), (2, 16), (2, 16), (1, 53), (0, 3)),
+        ((315, 1), (7, 1), (7, 2), (50, 1), (0, 2)),
+    ]:
+        g = torch.Generator().manual_seed(size[1])
+        geometry = {"stride": stride, "dilation": dilation, "padding": padding}
+        x = integers((batch, 2, *size), torch.float32, g)
+        weight = integers((3, 2, *kernel), torch.float32, g)
+        conv = Conv(weight, torch.ones_like(weight, dtype=torch.bool), geometry)
+        expected = F.conv2d(x, weight, **conv.reference())
+        grad = integers(tuple(expected.shape), torch.float32, g)
+        wanted = torch.nn.grad.conv2d_weight(x, weight.shape, grad, **conv.reference())
+        back = torch.nn.grad.conv2d_input(x.shape, weight, grad, **conv.reference())
+        for isa in every_isa():
+            for source in (x, batch_last(x)):
+                conv.forward(torch.full_like(source, float("nan")), BATCH_LAST)
+                assert torch.equal(conv.forward(source, BATCH_LAST), expected), (isa, size)
+                got = conv.weight_grad(batch_last(grad), source)
+                assert torch.equal(got, wanted), (isa, size)
+            assert torch.equal(conv.input_grad(batch_last(grad), x), back), (isa, size)
+
+
 @pytest.mark.parametrize(
     ("dilation", "size", "channels"),
     [

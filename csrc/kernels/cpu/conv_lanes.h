@@ -98,6 +98,7 @@ struct LaneLayout {
   int64_t plane;             // vectors per channel and lane group
   int64_t channel;           // vectors per channel
   int64_t row_chunk;         // rows whose accumulators are held at once
+  int64_t columns;           // source columns between the first and the last that a tile reads
 
   int64_t points() const { return groups * rows * cols; }
   // Source pixels in the runs of a tile, at most: what each phase spans, and the end of a run that
@@ -137,6 +138,9 @@ inline bool lay_out_lane_tile(const ConvGrid& g, const PatternView& p, int64_t r
   l->tiles_x = ceil_div(g.width, cols);
   l->pitch = l->x.extent;
   l->plane = l->y.extent * l->pitch;
+  int64_t low, high;
+  l->x.range(0, cols, &low, &high);
+  l->columns = least(high - low, g.source_width);
   // Maps of a few points: several lane groups make up a register tile.
   const int64_t small = l->tiles_y * l->tiles_x == 1 ? 2 * kMaxTileVectors / (rows * cols) : 1;
   l->groups = most(1, least(l->lane_groups, small));
@@ -252,14 +256,15 @@ struct LanePlaces {
   int64_t runs, blanks;
 
   static int64_t bytes(const LaneLayout& l) {
-    return ceil_div(l.sources() * static_cast<int64_t>(sizeof(Run) + 8) + l.plane * 5, 64) * 64;
+    const int64_t of_sources = l.sources() * static_cast<int64_t>(sizeof(Run) + 4);
+    return ceil_div(of_sources + l.columns * 4 + l.plane * 5, 64) * 64;
   }
   LanePlaces(const LaneLayout& l, void* memory)
       : run(static_cast<Run*>(memory)),
         place(reinterpret_cast<int32_t*>(run + l.sources())),
         blank(place + l.sources()),
         column_(blank + l.plane),
-        filled_(reinterpret_cast<uint8_t*>(column_ + l.sources())) {}
+        filled_(reinterpret_cast<uint8_t*>(column_ + l.columns)) {}
 
   // For the tile of an item; cheap when the last item's was in the same place.
   void find(const ConvGrid& g, const LaneLayout& l, const LaneTile& t, int lanes) {
