@@ -134,6 +134,9 @@ inline bool lay_out_lane_tile(const ConvGrid& g, const PatternView& p, int64_t r
   l->x.lay_out(
       g.step_x, g.kernel_width, cols, [&](int64_t k) { return g.tap_x[k]; },
       [&](int64_t k) { return live_in_column(g, k); });
+  // Dilations beyond the map: the sizes below would not fit 64 bits.
+  constexpr int64_t kMostVectors = kLanePanelBytes / kVectorBytes;
+  if (l->y.extent > kMostVectors || l->x.extent > kMostVectors) return false;
   l->tiles_y = ceil_div(g.height, rows);
   l->tiles_x = ceil_div(g.width, cols);
   l->pitch = l->x.extent;
