@@ -140,7 +140,9 @@ const PatternView& Plan::transposed() {
         checked_pattern(transposed_row_ptr_, transposed_offset_, shape_, true, "make_plan");
     STD_TORCH_CHECK(view.nnz == forward_.view.nnz, "make_plan: transposed_offset: expected the ",
                     forward_.view.nnz, " entries of offset, got ", view.nnz);
-    sort(view, &transposed_);
+    Direction made;  // whole or not at all: memory may run out
+    sort(view, &made);
+    transposed_ = std::move(made);
   }
   return transposed_.view;
 }
