@@ -123,10 +123,16 @@ class MaskedLayer(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLayer:
+        self._forget()
         super()._apply(fn, recurse)
         if self._pattern.row_ptr.device != self.weight_mask.device:
             self._pattern = self._pattern.to(self.weight_mask.device)
         return self
+
+    def _forget(self) -> None:
+        # torch.utils.swap_tensors refuses a tensor that anything refers to weakly.
+        if self._pattern.plan is not None:
+            self._pattern.plan.forget()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -136,6 +142,7 @@ class MaskedLayer(nn.Module):
         if added:  # a dense checkpoint: the layer keeps its mask
             state_dict[key] = self.weight_mask
         old = self.weight_mask.clone()
+        self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if added:
             del state_dict[key]

@@ -64,6 +64,10 @@ class Plan:
         except RuntimeError:  # an inference tensor counts no changes
             return -1
 
+    def forget(self) -> None:
+        """Let go of the last weight; its values are read anew at the next call."""
+        self._last = None
+
     def nbytes(self) -> int:
         """Bytes that the compiled side holds now."""
         return max(_C.plan_bytes(self._id), 0) if self._id else 0
