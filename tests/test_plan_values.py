@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +201,16 @@ def test_two_weights_take_turns_on_one_pattern(shape: tuple[int, ...]) -> None:
             assert same_bits(product(x.detach(), view.detach(), pattern), wanted.detach())
 
 
+def test_numbers_of_weights_never_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["fastprune.ops.plan"]
+    for first in (2**29 - 2, 2**31 - 2, 2**63):
+        monkeypatch.setattr(module, "_epochs", itertools.count(first))
+        layer, x = make("linear")
+        for seed in range(4):
+            layer.weight = nn.Parameter(random(*layer.weight.shape, seed=seed))
+            check(layer, x)
+
+
 def test_functional_calls_with_other_parameters() -> None:
     layer, x = make("linear")
     check(layer, x)
@@ -300,6 +311,18 @@ def test_one_entry_through_data_in_training(kind: str) -> None:
         check_training(layer, x)
         layer.weight.data[tuple(entries[i])] += 1
         check_training(layer, x)
+
+
+def test_one_entry_through_data_before_evaluation() -> None:
+    layer, x = make("linear")
+    entries = layer.weight_mask.nonzero().tolist()
+    for i in range(0, len(entries), 50):
+        layer.eval()
+        with torch.no_grad():
+            assert same_bits(layer(x), fresh(layer, x)[0])
+            layer.weight.data[tuple(entries[i])] += 1
+            layer.eval()
+            assert same_bits(layer(x), fresh(layer, x)[0])
 
 
 def check_training(layer: Any, x: Tensor) -> None:

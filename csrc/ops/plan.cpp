@@ -166,6 +166,8 @@ bool Plan::current(const Values& v, const void* weight, int64_t version, DType d
 }
 
 Shared Plan::values(bool transposed, const Tensor& weight, int64_t version, const char* op) {
+  const bool read_anew = version >= 0 && (version & kReadAnew) != 0;
+  if (read_anew) version -= kReadAnew;
   if (transposed) this->transposed();  // before the lock
   const DType dtype = dtype_of(weight, op, "weight");
   const void* from = weight.const_data_ptr();
@@ -173,11 +175,10 @@ Shared Plan::values(bool transposed, const Tensor& weight, int64_t version, cons
   const std::lock_guard<std::mutex> lock(mutex_);
   const PatternView& p = forward_.view;
   // The probes look at the forward values: those come first, whatever is asked for.
-  if (!current(forward_.values, from, version, dtype)) {
+  const bool known = current(forward_.values, from, version, dtype);
+  if (!known || read_anew) {
     auto data = std::make_shared<const Scratch>(p.nnz * size);
-    const int64_t windows = (p.rows + kRowWindow - 1) / kRowWindow;
-    (void)windows;
-    std::vector<int64_t> cut = forward_.window_row;
+    const std::vector<int64_t>& cut = forward_.window_row;
     for_each_range(static_cast<int64_t>(cut.size()), 0, [&](int64_t begin, int64_t end, void*) {
       for (int64_t i = begin; i < end; ++i) {
         FASTPRUNE_PICK(gather_values)
@@ -185,8 +186,12 @@ Shared Plan::values(bool transposed, const Tensor& weight, int64_t version, cons
          cut[static_cast<size_t>(i)]);
       }
     });
-    forward_.values = Values{from, version, dtype, data};
-    transposed_.values = Values{};
+    const bool same = known && std::memcmp(data->as<void>(), forward_.values.data->as<void>(),
+                                           static_cast<size_t>(p.nnz * size)) == 0;
+    if (!same) {
+      forward_.values = Values{from, version, dtype, data};
+      transposed_.values = Values{};
+    }
   }
   if (!transposed) return forward_.values.data;
   if (!current(transposed_.values, from, version, dtype)) {

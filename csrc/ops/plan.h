@@ -16,6 +16,9 @@
 
 namespace fastprune {
 
+// Part of a version: changes that it does not count shall be seen.
+constexpr int64_t kReadAnew = int64_t{1} << 62;
+
 // Memory that calls share; it outlives the plan while a call uses it.
 using Shared = std::shared_ptr<const Scratch>;
 
@@ -37,7 +40,8 @@ class Plan {
   const PatternView& transposed();
 
   // The weight's values in the order of a direction. `version` counts the weight's changes in
-  // place; -1: unknown, the values are read anew.
+  // place; -1: unknown, the values are read anew. With kReadAnew in it they are read too, but what
+  // was made of the same values is kept.
   Shared values(bool transposed, const Tensor& weight, int64_t version, const char* op);
 
   // The translation for a key; make() fills in way and offset when it is not kept.

@@ -98,6 +98,7 @@ class MaskedLayer(nn.Module):
 
     def clear_pruned_(self) -> None:
         """Store exact zeros in the absent weights (not with ``weight_grad="dense"``)."""
+        self._forget()  # evaluation begins: whatever was done to the weight is seen
         if self.weight_grad == "sampled":
             with torch.no_grad():
                 # Through .data: the version counter that autograd checks must not move.

@@ -18,7 +18,7 @@ from fastprune.ops.pattern import (
     needs_grad,
     recorder,
 )
-from fastprune.ops.plan import LIKE_INPUT, planned
+from fastprune.ops.plan import LIKE_INPUT, READ_ANEW, planned
 
 Size2 = int | tuple[int, int] | list[int]
 
@@ -196,11 +196,12 @@ class PlannedConv2dFunction(torch.autograd.Function):
         """The op itself; autograd is off here."""
         ctx.save_for_backward(x, weight)
         ctx.pattern = pattern  # keeps the plan alive
+        read = version | READ_ANEW if version >= 0 and weight.requires_grad else version
         ctx.number, ctx.version, ctx.geometry = number, version, geometry
         ctx.dense_weight_grad = dense_weight_grad
         with below_autograd():
             y: Tensor = torch.ops.fastprune.planned_conv2d.default(
-                x, weight, bias, number, version, *geometry, None, False, layout
+                x, weight, bias, number, read, *geometry, None, False, layout
             )
         return y
 

@@ -18,7 +18,7 @@ from fastprune.ops.pattern import (
     needs_grad,
     recorder,
 )
-from fastprune.ops.plan import LIKE_INPUT, planned
+from fastprune.ops.plan import LIKE_INPUT, READ_ANEW, planned
 
 
 def masked_linear(
@@ -132,10 +132,11 @@ class PlannedLinearFunction(torch.autograd.Function):
         """The op itself; autograd is off here."""
         ctx.save_for_backward(x, weight)
         ctx.pattern = pattern  # keeps the plan alive
+        read = version | READ_ANEW if version >= 0 and weight.requires_grad else version
         ctx.number, ctx.version, ctx.dense_weight_grad = number, version, dense_weight_grad
         with below_autograd():
             y: Tensor = torch.ops.fastprune.planned_linear.default(
-                x, weight, bias, number, version, None, False, layout
+                x, weight, bias, number, read, None, False, layout
             )
         return y
 

@@ -21,6 +21,10 @@ _lock = threading.Lock()
 # Layouts of a result, as in csrc/ops/product.h.
 CONTIGUOUS, LIKE_INPUT, BATCH_LAST = 0, 1, 2
 
+# Part of a version, as in csrc/ops/plan.h: the weight is read whatever is kept. The forward passes
+# of training do: weights change there anyway, and not only where a version counter sees it.
+READ_ANEW = 1 << 62
+
 
 class Plan:
     """The number of a compiled plan, made when first asked for and released with this object.
@@ -58,7 +62,7 @@ class Plan:
         """A number that changes whenever ``weight`` is another tensor or was changed in place."""
         last = self._last
         if last is None or last[0]() is not weight:
-            last = self._last = (weakref.ref(weight), next(_epochs) << 32)
+            last = self._last = (weakref.ref(weight), next(_epochs) % (1 << 29) << 32)
         try:
             return last[1] | weight._version & 0xFFFFFFFF
         except RuntimeError:  # an inference tensor counts no changes
