@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastprune as fp
+from fastprune.ops.pattern import apply_mask
 from layouts import same_bits
 from oracle import DTYPES
 from plan_cases import check, fresh, make, number, product, random
@@ -378,8 +380,7 @@ def test_two_backward_passes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("planned", [True, False])
-def test_what_is_not_differentiable_says_so(kind: str, planned: bool) -> None:
-    # Not a silent zero: second derivatives and forward mode.
+def test_second_derivatives_are_refused(kind: str, planned: bool) -> None:
     layer, x = make(kind)
     mask = layer.pattern if planned else layer.weight_mask
 
@@ -389,9 +390,19 @@ def test_what_is_not_differentiable_says_so(kind: str, planned: bool) -> None:
     x.requires_grad_()
     (dx,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        torch.autograd.grad(dx.square().sum(), x)
+        dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("planned", [True, False])
+def test_forward_mode_is_refused(kind: str, planned: bool) -> None:
+    layer, x = make(kind)
     layer.requires_grad_(False)
-    x = x.detach()
+    mask = layer.pattern if planned else layer.weight_mask
+
+    def call(x: Tensor) -> Tensor:
+        return product(x, layer.weight, mask, layer.bias)
+
     for guard in (torch.enable_grad, torch.no_grad):
         with guard(), torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
@@ -399,3 +410,22 @@ def test_what_is_not_differentiable_says_so(kind: str, planned: bool) -> None:
                 call(dual)
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.jvp(call, (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_second_derivatives_of_a_layer_with_a_dense_kernel(kind: str) -> None:
+    layer, x = make(kind)
+    layer.sparse = False
+    direction = random(*layer.weight.shape, seed=4)
+
+    def hessian_times_direction(apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        w = layer.weight.detach().requires_grad_()
+        kept = apply(w, layer.weight_mask)
+        y = F.linear(x, kept) if kind == "linear" else F.conv2d(x, kept, padding=1)
+        (dw,) = torch.autograd.grad(y.pow(3).sum(), w, create_graph=True)
+        return torch.autograd.grad(dw, w, direction)[0]
+
+    got = hessian_times_direction(apply_mask)
+    assert got.count_nonzero() > 100
+    wanted = hessian_times_direction(lambda w, mask: torch.where(mask, w, 0.0))
+    torch.testing.assert_close(got, wanted)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastprune import reference
 from fastprune.ops.pattern import (
@@ -206,6 +207,7 @@ class PlannedConv2dFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
@@ -308,7 +310,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
         _setup_context(ctx, inputs, y)
         return y
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
 # On CUDA tensors the oracle runs, until there are kernels.

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastprune import reference
 from fastprune.ops.pattern import (
@@ -141,6 +142,7 @@ class PlannedLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and bias."""
         x, weight = ctx.saved_tensors
@@ -215,7 +217,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         _setup_context(ctx, inputs, y)
         return y
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
 # On CUDA tensors the oracle runs, until there are kernels.

@@ -214,7 +214,7 @@ class ApplyMask(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The gradient at the mask."""
         (mask,) = ctx.saved_tensors
-        return torch.ops.fastprune.apply_mask(grad, mask), None
+        return ApplyMask.apply(grad, mask), None  # differentiable again
 
 
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
