@@ -148,7 +148,7 @@ def apply_conv2d(
         assert pattern.plan is not None
         number = pattern.plan.number(pattern)
         version = pattern.plan.version(weight) if kept else -1
-        if torch.is_grad_enabled() and needs_grad(x, weight, bias):
+        if needs_grad(x, weight, bias):
             y = PlannedConv2dFunction.apply(
                 images, weight, bias, pattern, number, version, geometry, dense_weight_grad, layout
             )

@@ -91,7 +91,7 @@ def apply_linear(
         assert pattern.plan is not None
         number = pattern.plan.number(pattern)
         version = pattern.plan.version(weight) if kept else -1
-        if torch.is_grad_enabled() and needs_grad(x, weight, bias):
+        if needs_grad(x, weight, bias):
             y = PlannedLinearFunction.apply(
                 flat, weight, bias, pattern, number, version, dense_weight_grad, layout
             )

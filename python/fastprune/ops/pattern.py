@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastprune.ops.plan import Plan
 
@@ -156,14 +157,20 @@ below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib
 
 def recorder(function: type[torch.autograd.Function], op: Any) -> Any:
     """How to call an op: through its Function where a gradient may be recorded eagerly."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return function.apply
-    return op
+    if torch.compiler.is_compiling():
+        return op
+    return function.apply if torch.is_grad_enabled() or _forward_mode() else op
 
 
 def needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether autograd has anything to record."""
-    return x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    """Whether autograd has anything to record, or to refuse."""
+    wanted = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return (wanted and torch.is_grad_enabled()) or _forward_mode()
+
+
+def _forward_mode() -> bool:
+    # The Functions have no jvp and say so; the ops would drop the tangents.
+    return bool(getattr(forward_ad, "_current_level", -1) >= 0)
 
 
 def check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
