@@ -393,6 +393,7 @@ def test_second_derivatives_are_refused(kind: str, planned: bool) -> None:
         dx.square().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("planned", [True, False])
 def test_forward_mode_is_refused(kind: str, planned: bool) -> None:
