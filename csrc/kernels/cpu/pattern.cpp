@@ -2,36 +2,59 @@
 
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
 
-// Calls f(column) for every nonzero byte of mask[0, n), in order, eight bytes at a time.
+// Bit i: whether mask[i] is nonzero, for i < 64.
+inline uint64_t bits_of(const uint8_t* mask) {
+#if defined(__AVX512BW__)
+  const __m512i bytes = _mm512_loadu_si512(mask);
+  return _mm512_test_epi8_mask(bytes, bytes);
+#elif defined(__AVX2__)
+  const __m256i zero = _mm256_setzero_si256();
+  const auto half = [&](const uint8_t* at) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, zero)));
+  };
+  return half(mask) | uint64_t{half(mask + 32)} << 32;
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; ++i) bits |= uint64_t{mask[i] != 0} << i;
+  return bits;
+#endif
+}
+
+// Calls f(column) for every nonzero byte of mask[0, n), in order. Sixty-four at a time: loops over
+// fewer bytes end at unpredictable moments more often than they find something.
 template <typename F>
 inline void for_each_set(const uint8_t* mask, int64_t n, F f) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, mask + i, 8);
-    while (word != 0) {
-      const int byte = __builtin_ctzll(word) / 8;
-      f(i + byte);
-      word &= ~(uint64_t{0xff} << (8 * byte));
+  for (; i + 64 <= n; i += 64) {
+    for (uint64_t bits = bits_of(mask + i); bits != 0; bits &= bits - 1) {
+      f(i + __builtin_ctzll(bits));
     }
   }
-  for (; i < n; ++i) {
-    if (mask[i] != 0) f(i);
-  }
+  if (i == n) return;
+  uint8_t rest[64] = {};
+  std::memcpy(rest, mask + i, static_cast<size_t>(n - i));
+  for (uint64_t bits = bits_of(rest); bits != 0; bits &= bits - 1) f(i + __builtin_ctzll(bits));
 }
 
-// Calls f(channel, tap) for every nonzero of one weight row; avoids a division per entry.
+// Calls f(position in the block, channel, tap) for every nonzero of a row's part in one block.
 template <typename F>
-inline void for_each_entry(const uint8_t* mask, const PatternView& p, F f) {
-  if (p.taps == 1) {
-    for_each_set(mask, p.depth, [&](int64_t c) { f(c, int64_t{0}); });
-    return;
-  }
-  for (int64_t c = 0; c < p.depth; ++c) {
-    for_each_set(mask + c * p.taps, p.taps, [&](int64_t t) { f(c, t); });
+inline void for_each_entry(const uint8_t* mask, int64_t cols, int64_t taps, SmallDivider by_taps,
+                           F f) {
+  if (taps == 1) {
+    for_each_set(mask, cols, [&](int64_t i) { f(i, i, int64_t{0}); });
+  } else {
+    for_each_set(mask, cols, [&](int64_t i) {
+      const int64_t c = by_taps(i);
+      f(i, c, i - c * taps);
+    });
   }
 }
 
@@ -48,6 +71,7 @@ void count_entries(const PatternView& forward, const PatternView& transposed, co
   std::memset(row_ptr, 0, sizeof(int64_t) * static_cast<size_t>(n + 1));
   std::memset(transposed_row_ptr, 0, sizeof(int64_t) * static_cast<size_t>(n_t + 1));
   const int64_t rows_per_group = transposed.depth;
+  const SmallDivider by_taps(forward.taps);
   for (int64_t r = 0; r < forward.rows; ++r) {
     const int64_t group = r / rows_per_group, in_group = r % rows_per_group;
     int64_t* counts = row_ptr + 1 + r;
@@ -56,14 +80,13 @@ void count_entries(const PatternView& forward, const PatternView& transposed, co
                         group * forward.depth;
     const uint8_t* row = mask + r * forward.cols();
     for (int64_t b = 0; b < forward.blocks(); ++b) {
-      PatternView part = forward;
-      part.depth = forward.depth_of(b);
-      const int64_t first = b * forward.block_depth;
+      int64_t* counts_here = counts_t + b * forward.block_depth;
       int64_t found = 0;
-      for_each_entry(row + b * forward.block_cols(), part, [&](int64_t c, int64_t) {
-        ++found;
-        ++counts_t[first + c];
-      });
+      for_each_entry(row + b * forward.block_cols(), forward.depth_of(b) * forward.taps,
+                     forward.taps, by_taps, [&](int64_t, int64_t c, int64_t) {
+                       ++found;
+                       ++counts_here[c];
+                     });
       counts[b * forward.rows] = found;
     }
   }
@@ -76,6 +99,7 @@ void write_entries(const PatternView& forward, const PatternView& transposed, co
   const int64_t n_t = transposed.blocks() * transposed.rows;
   std::memcpy(cursor, transposed_out.row_ptr, sizeof(int64_t) * static_cast<size_t>(n_t));
   const int64_t rows_per_group = transposed.depth;
+  const SmallDivider by_taps(forward.taps);
   for (int64_t r = 0; r < forward.rows; ++r) {
     const int64_t group = r / rows_per_group, in_group = r % rows_per_group;
     const int64_t block_t = in_group / transposed.block_depth;
@@ -83,14 +107,13 @@ void write_entries(const PatternView& forward, const PatternView& transposed, co
     const int64_t base_t = (in_group - block_t * transposed.block_depth) * transposed.taps;
     const uint8_t* row = mask + r * forward.cols();
     for (int64_t b = 0; b < forward.blocks(); ++b) {
-      PatternView part = forward;
-      part.depth = forward.depth_of(b);
-      const int64_t first = b * forward.block_depth;
-      int64_t at = out.row_ptr[b * forward.rows + r];
-      for_each_entry(row + b * forward.block_cols(), part, [&](int64_t c, int64_t t) {
-        out.offset[at++] = static_cast<int16_t>(c * forward.taps + t);
-        transposed_out.offset[cursor_t[first + c]++] = static_cast<int16_t>(base_t + t);
-      });
+      int64_t* cursor_here = cursor_t + b * forward.block_depth;
+      int16_t* offset = out.offset + out.row_ptr[b * forward.rows + r];
+      for_each_entry(row + b * forward.block_cols(), forward.depth_of(b) * forward.taps,
+                     forward.taps, by_taps, [&](int64_t i, int64_t c, int64_t t) {
+                       *offset++ = static_cast<int16_t>(i);
+                       transposed_out.offset[cursor_here[c]++] = static_cast<int16_t>(base_t + t);
+                     });
     }
   }
 }
