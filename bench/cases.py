@@ -65,3 +65,24 @@ PROMISED = (
     LINEAR[3],
     *(c for c in CONV if c.size >= 14 and c.kernel == 3 and c.stride == 1),
 )
+
+
+class Network(NamedTuple):
+    """A network of fastprune.models on inputs of one shape."""
+
+    name: str
+    batch: int
+    shape: tuple[int, int, int] = (3, 32, 32)
+
+    def __str__(self) -> str:
+        return f"{self.name}, batch {self.batch}"
+
+
+INFERENCE = (
+    Network("resnet50-imagenet", 1, (3, 224, 224)),
+    Network("resnet50-imagenet", 16, (3, 224, 224)),
+    Network("vgg-19", 64),
+    Network("wrn-28-8", 64),
+    Network("resnet-20", 128),
+)
+TRAINING = (Network("wrn-28-2", 128), Network("vgg-19", 128))
