@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastprune as fp
 from bench.cases import CONV, SPARSITIES, Conv
-from bench.harness import Row, time_all
+from bench.harness import CHANGED, Row, time_all
 
 
 def run(
@@ -38,7 +38,7 @@ def _case(
     grad = torch.randn_like(y)
     last = torch.channels_last
     geometry = ([stride] * 2, [padding] * 2, [1, 1], 1)
-    ops = torch.ops.fastprune
+    ops, plan = torch.ops.fastprune, pattern.plan.number(pattern)
 
     def backward(grad: Tensor, x: Tensor, w: Tensor, wanted: list[bool]) -> Callable[[], object]:
         return lambda: torch.ops.aten.convolution_backward(
@@ -59,8 +59,8 @@ def _case(
         {
             "contiguous": backward(grad, x, pruned, [True, False, False]),
             "channels_last": backward(g_last, x_last, w_last, [True, False, False]),
-            "fastprune": lambda: ops.masked_conv2d_input_grad(
-                grad, w, *pattern[:6], list(x.shape), *geometry
+            "fastprune": lambda: ops.planned_conv2d_input_grad(
+                grad, w, plan, CHANGED, list(x.shape), *geometry
             ),
         },
         min_time,
@@ -69,8 +69,8 @@ def _case(
         {
             "contiguous": backward(grad, x, pruned, [False, True, False]),
             "channels_last": backward(g_last, x_last, w_last, [False, True, False]),
-            "fastprune": lambda: ops.masked_conv2d_weight_grad(
-                grad, x, *pattern[:2], pattern[4], list(w.shape), *geometry
+            "fastprune": lambda: ops.planned_conv2d_weight_grad(
+                grad, x, plan, list(w.shape), *geometry
             ),
         },
         min_time,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import fastprune as fp
 from bench.cases import LINEAR, SPARSITIES, Linear
-from bench.harness import Row, time_all
+from bench.harness import CHANGED, Row, time_all
 
 
 def run(
@@ -39,7 +39,7 @@ def _case(
         csr = pruned.to_sparse_csr()
     columns = x.t().contiguous()
     scipy_csr, scipy_x = scipy.sparse.csr_matrix(pruned.numpy()), columns.numpy()
-    ops = torch.ops.fastprune
+    ops, plan = torch.ops.fastprune, pattern.plan.number(pattern)
     forward = time_all(
         {
             "dense": lambda: F.linear(x, pruned),
@@ -53,14 +53,14 @@ def _case(
     input_grad = time_all(
         {
             "dense": lambda: grad @ pruned,
-            "fastprune": lambda: ops.masked_linear_input_grad(grad, w, *pattern[:6]),
+            "fastprune": lambda: ops.planned_linear_input_grad(grad, w, plan, CHANGED),
         },
         min_time,
     )
     weight_grad = time_all(
         {
             "dense": lambda: grad.t() @ x,
-            "fastprune": lambda: ops.masked_linear_weight_grad(grad, x, *pattern[:2], pattern[4]),
+            "fastprune": lambda: ops.planned_linear_weight_grad(grad, x, plan),
         },
         min_time,
     )

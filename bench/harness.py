@@ -12,6 +12,10 @@ from rich.table import Table
 
 from fastprune.timing import Timing, measure
 
+# The version of a weight that changed since the last call: in training every step changes it, and
+# the input gradient brings its values into both orders anew.
+CHANGED = -1
+
 
 @dataclass
 class Row:
