@@ -149,11 +149,13 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         )
         kept = self._folded
         if kept is None or now is None or kept[0] != now:
-            scale, shift = scale_and_shift(norm)
-            if self.bias is not None:
-                shift = shift + self.bias.double() * scale
-            weight = self.weight.double() * scale[:, None, None, None]
-            kept = (now, weight.to(self.weight.dtype), shift.to(self.weight.dtype))
+            # Outside inference mode: its tensors count no changes, so nothing could be kept of them.
+            with torch.inference_mode(False), torch.no_grad():
+                scale, shift = scale_and_shift(norm)
+                if self.bias is not None:
+                    shift = shift + self.bias.double() * scale
+                weight = self.weight.double() * scale[:, None, None, None]
+                kept = (now, weight.to(self.weight.dtype), shift.to(self.weight.dtype))
             self._folded = kept
         return kept[1], kept[2]
 
