@@ -36,13 +36,13 @@ def test_build_info() -> None:
     assert bool(info["cuda_version"]) == bool(info["cuda_architectures"])
 
 
-@pytest.mark.parametrize("name", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("name", ["scalar", "avx2", "avx512", "avx512_bf16"])
 def test_environment_caps_the_isa(name: str) -> None:
     best = fp.build_info()["cpu_isas"]
     run = python("import fastprune; print(fastprune._C.isa())", FASTPRUNE_ISA=name)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() in best
-    order = ["scalar", "avx2", "avx512"]
+    order = ["scalar", "avx2", "avx512", "avx512_bf16"]
     assert order.index(run.stdout.strip()) <= order.index(name)
 
 

@@ -115,7 +115,7 @@ def is_timing(entry: dict[str, Any]) -> bool:
 
 def check_machine(machine: dict[str, Any]) -> None:
     assert machine["threads"] >= 1
-    assert machine["isa"] in ("scalar", "avx2", "avx512")
+    assert machine["isa"] in ("scalar", "avx2", "avx512", "avx512_bf16")
     assert machine["dtype"] == "float32"
     assert {"cpu", "cores", "torch", "fastprune", "python", "os"} <= machine.keys()
 

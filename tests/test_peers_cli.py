@@ -78,7 +78,7 @@ def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert document["command"] == "bench --peers"
     assert document["interrupted"] is False
     assert document["machine"]["threads"] == 1
-    assert document["machine"]["isa"] in ("scalar", "avx2", "avx512")
+    assert document["machine"]["isa"] in ("scalar", "avx2", "avx512", "avx512_bf16")
     assert document["settings"]["masks"] == ["random", "uneven"]
     assert document["settings"]["batches"] == [1, 3]
     assert document["ceilings"].keys() == {"flops", "bandwidth"}

@@ -9,6 +9,8 @@ namespace fastprune {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -27,7 +29,9 @@ Isa best_isa() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  return avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
+  const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
+  return bf16 ? Isa::avx512_bf16 : avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::scalar;
 #else
   return Isa::scalar;
 #endif
@@ -36,7 +40,7 @@ Isa best_isa() {
 namespace {
 
 bool parse(const char* name, Isa* isa) {
-  for (Isa candidate : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+  for (Isa candidate : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16}) {
     if (std::strcmp(name, isa_name(candidate)) == 0) {
       *isa = candidate;
       return true;
@@ -71,7 +75,7 @@ bool set_isa(const char* name) {
 
 const char* built_isas() {
 #if defined(__x86_64__)
-  return "scalar,avx2,avx512";
+  return "scalar,avx2,avx512,avx512_bf16";
 #else
   return "scalar";
 #endif

@@ -3,7 +3,9 @@
 
 namespace fastprune {
 
-enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2 };
+// avx512_bf16: AVX-512 with BF16 and VBMI2. Only kernels that gain from those are compiled for it;
+// the others run as they do under avx512.
+enum class Isa : int { scalar = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 const char* isa_name(Isa isa);
 
@@ -37,10 +39,21 @@ const char* built_isas();
   }
 // The variant of f for the ISA in use.
 #define FASTPRUNE_PICK(f)                                                             \
-  (::fastprune::current_isa() == ::fastprune::Isa::avx512                             \
+  (::fastprune::current_isa() >= ::fastprune::Isa::avx512                             \
        ? ::fastprune::avx512::f                                                       \
        : (::fastprune::current_isa() == ::fastprune::Isa::avx2 ? ::fastprune::avx2::f \
                                                                : ::fastprune::scalar::f))
+// The same for kernels that need AVX-512 at least; there are none elsewhere.
+#define FASTPRUNE_PER_AVX512(...) \
+  namespace avx512 {              \
+  __VA_ARGS__                     \
+  }                               \
+  namespace avx512_bf16 {         \
+  __VA_ARGS__                     \
+  }
+#define FASTPRUNE_PICK_AVX512(f)                                                             \
+  (::fastprune::current_isa() == ::fastprune::Isa::avx512_bf16 ? ::fastprune::avx512_bf16::f \
+                                                               : ::fastprune::avx512::f)
 #else
 #define FASTPRUNE_PER_ISA(...) \
   namespace scalar {           \
