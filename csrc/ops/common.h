@@ -76,14 +76,18 @@ inline int64_t checked_product(int64_t a, int64_t b, const char* op) {
 
 // Asks for huge pages behind fresh memory that is about to be written. The first touch of 4 KB
 // pages costs six times as much as the writing; most systems give huge pages to those who ask only.
-inline void advise_huge_pages([[maybe_unused]] const Tensor& t) {
+constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+inline void advise_huge_pages([[maybe_unused]] const void* memory,
+                              [[maybe_unused]] uintptr_t bytes) {
 #if defined(__linux__)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(t.numel()) * t.element_size();
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = end / kHugePage * kHugePage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+inline void advise_huge_pages(const Tensor& t) {
+  advise_huge_pages(t.const_data_ptr(), static_cast<uintptr_t>(t.numel()) * t.element_size());
 }
 
 // Uninitialized CPU memory of the dtype of `like`, without going through a view: autograd forbids
@@ -102,13 +106,15 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
 // Contiguous; the data pointer is what a kernel reads.
 inline Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
 
-// 64-byte aligned memory for one call of an op.
+// Memory for one call of an op, or for several; aligned to 64 bytes.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes)
-      : data_(
-            std::aligned_alloc(64, (static_cast<size_t>(bytes < 64 ? 64 : bytes) + 63) / 64 * 64)) {
+  explicit Scratch(int64_t bytes) {
+    const size_t wanted = static_cast<size_t>(bytes < 64 ? 64 : bytes);
+    const size_t align = wanted >= 2 * kHugePage ? kHugePage : 64;
+    data_.reset(std::aligned_alloc(align, (wanted + align - 1) / align * align));
     if (data_ == nullptr) throw std::bad_alloc();
+    advise_huge_pages(data_.get(), wanted);
   }
   template <typename T>
   T* as() const {
@@ -121,6 +127,9 @@ class Scratch {
   };
   std::unique_ptr<void, Free> data_;
 };
+
+// Memory that calls share; it outlives its owner while a call uses it.
+using Shared = std::shared_ptr<const Scratch>;
 
 inline int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 

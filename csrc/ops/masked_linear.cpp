@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/cpu/masked_linear.h"
+#include "ops/masked_linear_choice.h"
 
 namespace fastprune {
 
@@ -22,21 +23,31 @@ MaskedLinearCall validate_masked_linear(const Tensor& input, const char* name, c
 
 namespace {
 
-void multiply(const LinearWeight& w, bool transposed, DType dtype, const Tensor& x,
+void multiply(const LinearWeight& given, bool transposed, DType dtype, const Tensor& x,
               const Epilogue& epilogue, bool from_last, bool to_last,
               const std::optional<Tensor>& residual, Tensor& y) {
-  const MaskedLinearArgs args{w.pattern,
-                              dtype,
-                              x.size(0),
-                              x.const_data_ptr(),
-                              w.values,
-                              epilogue.bias.has_value() ? epilogue.bias->const_data_ptr() : nullptr,
-                              y.mutable_data_ptr(),
-                              from_last,
-                              to_last,
-                              residual.has_value() ? residual->const_data_ptr() : nullptr,
-                              epilogue.relu};
-  if (w.pattern.rows == 0 || args.batch == 0) return;
+  MaskedLinearArgs args{given.pattern,
+                        dtype,
+                        x.size(0),
+                        x.const_data_ptr(),
+                        given.values,
+                        epilogue.bias.has_value() ? epilogue.bias->const_data_ptr() : nullptr,
+                        y.mutable_data_ptr(),
+                        from_last,
+                        to_last,
+                        residual.has_value() ? residual->const_data_ptr() : nullptr,
+                        epilogue.relu};
+  if (y.numel() == 0 || multiply_by_form(given, transposed, args)) return;
+  LinearWeight w = given;
+  Shared values;
+  if (w.values == nullptr && w.dense != nullptr) {
+    values = w.plan->values(transposed, *w.dense, w.version,
+                            transposed ? "planned_linear_input_grad" : "planned_linear");
+    w.pattern = transposed ? w.plan->transposed() : w.plan->forward();
+    w.values = values->as<void>();
+    args.pattern = w.pattern;
+    args.values = w.values;
+  }
   const int64_t tile = FASTPRUNE_PICK(masked_linear_tile)(dtype);
   Cuts cuts = cut_product((args.batch + tile - 1) / tile, w.pattern.rows);
   if (w.plan != nullptr && cuts.parts > 1) cuts.bounds = w.plan->balanced(transposed, cuts.parts);
@@ -68,11 +79,13 @@ Tensor linear_product(const LinearWeight& weight, bool transposed, DType dtype, 
   const bool from_last = is_batch_last_2d(x_in);
   const bool to_last = layout == Layout::batch_last || (layout == Layout::like_input && from_last);
   const Tensor x = from_last ? x_in : dense(x_in);
-  Tensor y = new_matrix(x, x.size(0), weight.pattern.rows, to_last);
+  const int64_t rows =
+      weight.dense == nullptr ? weight.pattern.rows : weight.dense->size(transposed ? 1 : 0);
+  Tensor y = new_matrix(x, x.size(0), rows, to_last);
   std::optional<Tensor> residual = epilogue.residual;
   if (residual.has_value()) {
     if (is_batch_last_2d(*residual) != to_last) {
-      Tensor stored = new_matrix(x, x.size(0), weight.pattern.rows, to_last);
+      Tensor stored = new_matrix(x, x.size(0), rows, to_last);
       torch::stable::copy_(stored, *residual);
       residual = stored;
     } else if (!to_last) {

@@ -187,6 +187,23 @@ std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t ro
   return dense(torch::stable::to(*bias, accumulator_type(dtype_of(*bias, op, "bias"))));
 }
 
+std::vector<int64_t> Windows::balanced(int64_t parts) const {
+  const auto entries = [&](size_t w) { return static_cast<double>(entries_end_[w]); };
+  const size_t n = entries_end_.size();
+  std::vector<int64_t> bounds{0};
+  size_t w = 0;
+  for (int64_t part = 1; part < parts; ++part) {
+    const double wanted =
+        n == 0 ? 0 : entries(n - 1) * static_cast<double>(part) / static_cast<double>(parts);
+    while (w < n && entries(w) <= wanted) ++w;
+    // The window that crosses the bound goes to the side where more of it lies.
+    if (w < n && 2 * wanted > (w == 0 ? 0 : entries(w - 1)) + entries(w)) ++w;
+    bounds.push_back(w == 0 ? 0 : row_end_[w - 1]);
+  }
+  bounds.push_back(n == 0 ? 0 : row_end_[n - 1]);
+  return bounds;
+}
+
 Cuts cut_product(int64_t items, int64_t rows) {
   Cuts cuts{items, 1, rows, {}};
   const int64_t threads = thread_count();

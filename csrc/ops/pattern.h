@@ -31,6 +31,22 @@ void scatter_to_dense(const PatternView& forward, DType dtype, const void* value
 std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows,
                                    ScalarType dtype, const char* op);
 
+// The windows of sorted rows (kRowWindow), in order, and the entries that they hold.
+class Windows {
+ public:
+  // The window that ends at `row`; `entries` of the windows up to its end.
+  void push_back(int64_t row, int64_t entries) {
+    row_end_.push_back(row);
+    entries_end_.push_back(entries);
+  }
+  const std::vector<int64_t>& row_end() const { return row_end_; }
+  // First rows of `parts` parts of about the same number of entries, cut at windows, and the end.
+  std::vector<int64_t> balanced(int64_t parts) const;
+
+ private:
+  std::vector<int64_t> row_end_, entries_end_;
+};
+
 // How a product is cut over threads: ranges of items, or where items alone leave threads idle,
 // every item's rows in `parts`. The cuts never change a result.
 struct Cuts {

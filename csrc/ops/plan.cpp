@@ -100,8 +100,8 @@ Plan::Plan(const PatternShape& shape, const Tensor& row_ptr, const Tensor& offse
     const int64_t entry = i * p.nnz / (kProbes < p.nnz ? kProbes : p.nnz);
     while (place + 1 < places && p.row_ptr[place + 1] <= entry) ++place;
     const int64_t b = place / p.rows;
-    probes_.push_back(Probe{
-        entry, p.row_of(b, place % p.rows) * p.cols() + b * p.block_cols() + p.offset[entry]});
+    probes_.push_back(
+        Probe{p.row_of(b, place % p.rows) * p.cols() + b * p.block_cols() + p.offset[entry], 0});
   }
 }
 
@@ -127,8 +127,7 @@ void Plan::sort(const PatternView& from, Direction* to) {
     for (int64_t b = 0; b < from.blocks(); ++b) {
       entries += from.row_ptr[b * from.rows + end] - from.row_ptr[b * from.rows + row];
     }
-    to->window_row.push_back(end);
-    to->window_end.push_back(entries);
+    to->windows.push_back(end, entries);
     row = end;
   }
 }
@@ -147,69 +146,107 @@ const PatternView& Plan::transposed() {
   return transposed_.view;
 }
 
-bool Plan::current(const Values& v, const void* weight, int64_t version, DType dtype) const {
-  if (v.data == nullptr || version < 0 || v.source != weight || v.version != version ||
-      v.dtype != dtype) {
-    return false;
-  }
+bool Plan::follow(const void* weight, int64_t version, DType dtype) {
+  const bool read_anew = version >= 0 && (version & kReadAnew) != 0;
+  if (read_anew) version -= kReadAnew;
+  bool same = version >= 0 && source_.weight == weight && source_.version == version &&
+              source_.dtype == dtype;
   // The version counter does not see changes through weight.data.
-  const Values& f = forward_.values;
-  if (f.data == nullptr) return true;
-  bool same = true;
   for (const Probe& probe : probes_) {
-    uint64_t kept = 0;
-    const int64_t size = dtype == DType::f64 ? 8 : 4;
-    std::memcpy(&kept, f.data->as<char>() + size * probe.entry, static_cast<size_t>(size));
-    same = same && kept == widened_bits(weight, dtype, probe.weight);
+    same = same && probe.bits == widened_bits(weight, dtype, probe.at);
   }
-  return same;
+  source_ = Source{weight, version, dtype};
+  if (!same) forget_values();
+  return same && read_anew;
+}
+
+void Plan::forget_values() {
+  forward_.values = transposed_.values = nullptr;
+  forms_.forget_values();
+  for (Probe& probe : probes_) probe.bits = widened_bits(source_.weight, source_.dtype, probe.at);
+}
+
+template <typename T, typename Read, typename Same>
+std::shared_ptr<const T> Plan::refreshed(std::shared_ptr<const T> kept, bool compare,
+                                         const Read& read, const Same& same) {
+  if (kept != nullptr && !compare) return kept;
+  std::shared_ptr<const T> made = read();
+  if (compare) {
+    if (kept != nullptr && same(*kept, *made)) return kept;
+    forget_values();  // of the other forms one cannot know
+  }
+  return made;
+}
+
+std::shared_ptr<const BitmapWeight> Plan::bitmap(const Tensor& weight, int64_t version,
+                                                 const char* op) {
+  const DType dtype = dtype_of(weight, op, "weight");
+  const void* from = weight.const_data_ptr();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool compare = follow(from, version, dtype);
+  const auto form = refreshed(
+      forms_.bitmap(), compare, [&] { return forms_.read_bitmap(forward_.view, dtype, from); },
+      [](const BitmapWeight& a, const BitmapWeight& b) { return a.same_values(b); });
+  forms_.keep(form);
+  return form;
+}
+
+std::shared_ptr<const PairsWeight> Plan::pairs(bool transposed, const Tensor& weight,
+                                               int64_t version, const char* op) {
+  const DType dtype = dtype_of(weight, op, "weight");
+  const void* from = weight.const_data_ptr();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const bool compare = follow(from, version, dtype);
+  const auto form = refreshed(
+      forms_.pairs(transposed), compare,
+      [&] { return forms_.read_pairs(forward_.view, transposed, from); },
+      [](const PairsWeight& a, const PairsWeight& b) { return a.same_values(b); });
+  forms_.keep(transposed, form);
+  return form;
 }
 
 Shared Plan::values(bool transposed, const Tensor& weight, int64_t version, const char* op) {
-  const bool read_anew = version >= 0 && (version & kReadAnew) != 0;
-  if (read_anew) version -= kReadAnew;
   if (transposed) this->transposed();  // before the lock
   const DType dtype = dtype_of(weight, op, "weight");
   const void* from = weight.const_data_ptr();
-  const int64_t size = dtype == DType::f64 ? 8 : 4;
   const std::lock_guard<std::mutex> lock(mutex_);
+  const bool compare = follow(from, version, dtype);
+  const int64_t bytes = forward_.view.nnz * (dtype == DType::f64 ? 8 : 4);
+  Direction& direction = transposed ? transposed_ : forward_;
+  direction.values = refreshed(
+      direction.values, compare, [&] { return read_values(transposed, dtype, from, bytes, op); },
+      [&](const Scratch& a, const Scratch& b) {
+        return std::memcmp(a.as<void>(), b.as<void>(), static_cast<size_t>(bytes)) == 0;
+      });
+  return direction.values;
+}
+
+Shared Plan::read_values(bool transposed, DType dtype, const void* weight, int64_t bytes,
+                         const char* op) const {
   const PatternView& p = forward_.view;
-  // The probes look at the forward values: those come first, whatever is asked for.
-  const bool known = current(forward_.values, from, version, dtype);
-  if (!known || read_anew) {
-    auto data = std::make_shared<const Scratch>(p.nnz * size);
-    const std::vector<int64_t>& cut = forward_.window_row;
+  auto data = std::make_shared<const Scratch>(bytes);
+  if (!transposed) {
+    const std::vector<int64_t>& cut = forward_.windows.row_end();
     for_each_range(static_cast<int64_t>(cut.size()), 0, [&](int64_t begin, int64_t end, void*) {
       for (int64_t i = begin; i < end; ++i) {
         FASTPRUNE_PICK(gather_values)
-        (p, dtype, from, data->as<void>(), i == 0 ? 0 : cut[static_cast<size_t>(i - 1)],
+        (p, dtype, weight, data->as<void>(), i == 0 ? 0 : cut[static_cast<size_t>(i - 1)],
          cut[static_cast<size_t>(i)]);
       }
     });
-    const bool same = known && std::memcmp(data->as<void>(), forward_.values.data->as<void>(),
-                                           static_cast<size_t>(p.nnz * size)) == 0;
-    if (!same) {
-      forward_.values = Values{from, version, dtype, data};
-      transposed_.values = Values{};
+    return data;
+  }
+  const PatternView& t = transposed_.view;
+  std::atomic<bool> agree{true};
+  for_each_range(t.groups * t.blocks(), t.rows * 16, [&](int64_t begin, int64_t end, void* cursor) {
+    if (!FASTPRUNE_PICK(gather_transposed_values)(p, t, dtype, weight, data->as<void>(),
+                                                  static_cast<int64_t*>(cursor), begin, end)) {
+      agree = false;
     }
-  }
-  if (!transposed) return forward_.values.data;
-  if (!current(transposed_.values, from, version, dtype)) {
-    const PatternView& t = transposed_.view;
-    auto data = std::make_shared<const Scratch>(t.nnz * size);
-    std::atomic<bool> agree{true};
-    for_each_range(
-        t.groups * t.blocks(), t.rows * 16, [&](int64_t begin, int64_t end, void* cursor) {
-          if (!FASTPRUNE_PICK(gather_transposed_values)(
-                  p, t, dtype, from, data->as<void>(), static_cast<int64_t*>(cursor), begin, end)) {
-            agree = false;
-          }
-        });
-    STD_TORCH_CHECK(agree.load(), op,
-                    ": plan: expected transposed_offset to be the transpose of offset");
-    transposed_.values = Values{from, version, dtype, data};
-  }
-  return transposed_.values.data;
+  });
+  STD_TORCH_CHECK(agree.load(), op,
+                  ": plan: expected transposed_offset to be the transpose of offset");
+  return data;
 }
 
 std::shared_ptr<const Translation> Plan::translation(
@@ -228,32 +265,17 @@ std::shared_ptr<const Translation> Plan::translation(
 }
 
 std::vector<int64_t> Plan::balanced(bool transposed, int64_t parts) {
-  const Direction& d = transposed ? transposed_ : forward_;
-  std::vector<int64_t> bounds{0};
-  size_t w = 0;
-  for (int64_t part = 1; part < parts; ++part) {
-    const double wanted =
-        static_cast<double>(d.view.nnz) * static_cast<double>(part) / static_cast<double>(parts);
-    while (w < d.window_end.size() && static_cast<double>(d.window_end[w]) <= wanted) ++w;
-    // The window that crosses the bound goes to the side where more of it lies.
-    if (w < d.window_end.size()) {
-      const double before = w == 0 ? 0 : static_cast<double>(d.window_end[w - 1]);
-      if (2 * wanted > before + static_cast<double>(d.window_end[w])) ++w;
-    }
-    bounds.push_back(w == 0 ? 0 : d.window_row[w - 1]);
-  }
-  bounds.push_back(d.view.rows);
-  return bounds;
+  return (transposed ? transposed_ : forward_).windows.balanced(parts);
 }
 
 int64_t Plan::bytes() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  int64_t total = 0;
+  int64_t total = forms_.bytes();
   for (const Direction* d : {&forward_, &transposed_}) {
     if (d->row_ptr == nullptr) continue;
     const PatternView& v = d->view;
     total += v.nnz * 2 + v.blocks() * v.rows * 16;
-    if (d->values.data != nullptr) total += v.nnz * (d->values.dtype == DType::f64 ? 8 : 4);
+    if (d->values != nullptr) total += v.nnz * (source_.dtype == DType::f64 ? 8 : 4);
     total += static_cast<int64_t>(d->translations.size()) * v.nnz * 2;
   }
   return total;

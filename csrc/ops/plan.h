@@ -11,16 +11,13 @@
 #include <mutex>
 #include <vector>
 
-#include "ops/pattern.h"
+#include "ops/masked_linear_forms.h"
 #include "ops/plan_registry.h"
 
 namespace fastprune {
 
 // Part of a version: changes that it does not count shall be seen.
 constexpr int64_t kReadAnew = int64_t{1} << 62;
-
-// Memory that calls share; it outlives the plan while a call uses it.
-using Shared = std::shared_ptr<const Scratch>;
 
 // Where the entries of a product stand in the panel of one geometry.
 struct Translation {
@@ -44,6 +41,11 @@ class Plan {
   // was made of the same values is kept.
   Shared values(bool transposed, const Tensor& weight, int64_t version, const char* op);
 
+  // The same for a linear weight in other forms.
+  std::shared_ptr<const BitmapWeight> bitmap(const Tensor& weight, int64_t version, const char* op);
+  std::shared_ptr<const PairsWeight> pairs(bool transposed, const Tensor& weight, int64_t version,
+                                           const char* op);
+
   // The translation for a key; make() fills in way and offset when it is not kept.
   std::shared_ptr<const Translation> translation(bool transposed, std::vector<int64_t> key,
                                                  const std::function<void(Translation*)>& make);
@@ -55,32 +57,43 @@ class Plan {
   int64_t bytes();
 
  private:
-  struct Values {
-    const void* source;
-    int64_t version;
-    DType dtype;
-    Shared data;
-  };
   struct Direction {
     PatternView view{};
     std::unique_ptr<Scratch> row_ptr, offset, row_at, place_of;
-    std::vector<int64_t> window_end;  // entries up to the end of each window of rows
-    std::vector<int64_t> window_row;  // its last row plus one
-    Values values{};
+    Windows windows;
+    Shared values;
     std::vector<std::shared_ptr<const Translation>> translations;  // latest last
   };
-  // A kept value and where the dense weight has it.
+  // The weight that the kept values are from.
+  struct Source {
+    const void* weight;
+    int64_t version;
+    DType dtype;
+  };
+  // An element of the dense weight, and its bits when the values were read.
   struct Probe {
-    int64_t entry, weight;
+    int64_t at;
+    uint64_t bits;
   };
 
   static void sort(const PatternView& from, Direction* to);
-  bool current(const Values& values, const void* weight, int64_t version, DType dtype) const;
+  // Forgets the kept values unless they are from this weight as it is now. True where they seem to
+  // be, and the version asks for a comparison.
+  bool follow(const void* weight, int64_t version, DType dtype);
+  void forget_values();
+  // What is kept, or what read() makes; same() compares the two.
+  template <typename T, typename Read, typename Same>
+  std::shared_ptr<const T> refreshed(std::shared_ptr<const T> kept, bool compare, const Read& read,
+                                     const Same& same);
+  Shared read_values(bool transposed, DType dtype, const void* weight, int64_t bytes,
+                     const char* op) const;
 
   PatternShape shape_;
   Tensor transposed_row_ptr_, transposed_offset_;
   std::mutex mutex_;
   Direction forward_, transposed_;
+  LinearForms forms_;
+  Source source_{nullptr, -1, DType::f32};
   std::vector<Probe> probes_;
 };
 

@@ -27,8 +27,19 @@ void check_residual(const std::optional<Tensor>& residual, const std::vector<int
 // A plan's side of a product; holds what must outlive it.
 struct Planned {
   std::shared_ptr<Plan> plan;
+  std::optional<Tensor> contiguous;
   Shared values;
   ProductWeight weight;
+
+  // For a linear product, which asks the plan for the form of the weight that it reads.
+  Planned(int64_t id, const PatternShape& shape, const Tensor& dense_weight, int64_t version,
+          const char* op)
+      : plan(find_plan(id, shape, op)), contiguous(dense(dense_weight)) {
+    // A copy lives elsewhere at every call: its values are read anew.
+    const bool same = contiguous->const_data_ptr() == dense_weight.const_data_ptr();
+    weight = ProductWeight{PatternView{}, nullptr, plan.get(), &*contiguous, same ? version : -1};
+  }
+  Planned(const Planned&) = delete;
 
   Planned(int64_t id, const PatternShape& shape, bool transposed, const Tensor* dense_weight,
           int64_t version, const char* op)
@@ -52,7 +63,7 @@ Tensor planned_linear(const Tensor& x, const Tensor& weight, const std::optional
                       bool relu, int64_t layout) {
   const char* op = "planned_linear";
   const MaskedLinearCall call = validate_masked_linear(x, "x", weight, 1, 1, false, op);
-  const Planned planned(plan, call.shape, false, &weight, version, op);
+  const Planned planned(plan, call.shape, weight, version, op);
   check_residual(residual, {call.batch, call.shape.rows}, x.scalar_type(), op);
   return linear_product(
       planned.weight, false, call.dtype, x,
@@ -64,7 +75,7 @@ Tensor planned_linear_input_grad(const Tensor& grad, const Tensor& weight, int64
                                  int64_t version) {
   const char* op = "planned_linear_input_grad";
   const MaskedLinearCall call = validate_masked_linear(grad, "grad", weight, 1, 1, true, op);
-  const Planned planned(plan, call.shape, true, &weight, version, op);
+  const Planned planned(plan, call.shape, weight, version, op);
   return linear_product(planned.weight, true, call.dtype, grad,
                         Epilogue{std::nullopt, std::nullopt, false}, Layout::like_input);
 }

@@ -8,11 +8,14 @@
 namespace fastprune {
 
 // What a product reads besides activations. plan: keeps what can be kept between calls; may be
-// null.
+// null. dense, version: the weight behind the values; where given, the product may leave pattern
+// and values aside and ask the plan for what it reads.
 struct ProductWeight {
   PatternView pattern;
   const void* values;
   Plan* plan;
+  const Tensor* dense = nullptr;
+  int64_t version = -1;
 };
 using LinearWeight = ProductWeight;
 using ConvWeight = ProductWeight;
