@@ -43,6 +43,10 @@ LINEAR = (
     Linear(2048, 2048, 1),
 )
 
+# Where loading the weight is what dense costs, or most of it.
+SMALL_BATCH = tuple(Linear(4096, 4096, batch) for batch in (1, 4, 8, 16, 32))
+SMALL_BATCH_SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9)
+
 CONV = (
     Conv(64, 56, 1),
     Conv(64, 56, 16),

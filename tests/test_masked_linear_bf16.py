@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -172,8 +173,8 @@ CHANGES: dict[str, Any] = {
     "in place": lambda m: m.weight.detach().mul_(1.5),
     "data": lambda m: m.weight.data.neg_(),
     "data replaced": lambda m: setattr(m.weight, "data", m.weight.data * 3),
-    "one entry": lambda m: m.weight.detach().view(-1)[int(m.weight_mask.view(-1).nonzero()[4])].add_(
-        8.0
+    "one entry": lambda m: (
+        m.weight.detach().view(-1)[int(m.weight_mask.view(-1).nonzero()[4])].add_(8.0)
     ),
     "new": lambda m: setattr(m, "weight", nn.Parameter(m.weight.detach() + 1)),
     "other dtype and back": lambda m: (m.float(), m(torch.ones(2, 50)), m.bfloat16()),
@@ -265,7 +266,7 @@ def test_forms_are_made_when_needed_and_counted() -> None:
         sizes.append(pattern.plan.nbytes())
         call()  # again: nothing more
         assert pattern.plan.nbytes() == sizes[-1]
-    made = [b - a for a, b in zip(sizes, sizes[1:], strict=False)]
+    made = [b - a for a, b in itertools.pairwise(sizes)]
     nnz = pattern.nnz
     assert made[1] == 2 * nnz + 256 * 256 // 8 + 17 * 8
     assert made[2] >= 4 * nnz

@@ -17,7 +17,7 @@ constexpr int64_t kScanned = 1 << 16;  // elements of x that one thread looks at
 bool bitmap_pays(DType dtype, int64_t batch, double density) {
   if (batch > 2 * kBitmapMaxBatch) return false;
   const double parts = batch > kBitmapMaxBatch ? 2 : 1, n = static_cast<double>(batch);
-  return dtype == DType::bf16 ? 0.2 * parts + 0.04 * n < 0.06 + 3.3 * density
+  return dtype == DType::bf16 ? 0.2 * parts + 0.045 * n < 0.06 + 3.3 * density
                               : 0.5 * parts + 0.08 * n < 0.1 + 7 * density;
 }
 
@@ -52,7 +52,8 @@ Magnitudes scan(const MaskedLinearArgs& a, int64_t n) {
 void multiply_by_bitmap(const BitmapView& w, const MaskedLinearArgs& args) {
   const Scratch packed(FASTPRUNE_PICK_AVX512(bitmap_x_bytes)(w, args.batch));
   FASTPRUNE_PICK_AVX512(bitmap_pack_x)(w, args, packed.as<void>());
-  for_each_range(w.bundles(), 0, [&](int64_t begin, int64_t end, void*) {
+  const int64_t bundle = BatchParts(args.batch).bundle();
+  for_each_range((w.groups() + bundle - 1) / bundle, 0, [&](int64_t begin, int64_t end, void*) {
     FASTPRUNE_PICK_AVX512(bitmap_product)(w, args, packed.as<void>(), begin, end);
   });
 }

@@ -72,13 +72,6 @@ struct Step<BFloat16> {
 };
 #endif
 
-// How a batch is cut into parts of at most kBitmapMaxBatch entries, of about the same size.
-struct BatchParts {
-  int64_t batch, parts;
-  explicit BatchParts(int64_t n) : batch(n), parts((n + kBitmapMaxBatch - 1) / kBitmapMaxBatch) {}
-  int64_t begin(int64_t part) const { return batch * part / parts; }
-};
-
 template <typename S>
 void pack_x(const BitmapView& w, const MaskedLinearArgs& a, uint32_t* packed) {
   const S* x = static_cast<const S*>(a.x);
@@ -184,7 +177,7 @@ void multiply(const BitmapView& w, const MaskedLinearArgs& a, int64_t group, int
 template <typename S, int B>
 void multiply_groups(const BitmapView& w, const MaskedLinearArgs& a, int64_t begin, int64_t end,
                      int64_t first, const uint32_t* x) {
-  constexpr int kTogether = B <= 6 ? 4 : 2;  // 32 registers hold no more sums
+  constexpr int kTogether = B <= 6 ? 4 : 3;  // 32 registers hold no more sums
   constexpr int kParts = B == 1 ? 2 : 1, kPartsAlone = B <= 4 ? 4 : 2;
   for (; begin + kTogether <= end; begin += kTogether) {
     multiply<S, B, kTogether, kParts>(w, a, begin, first, x);
@@ -197,8 +190,7 @@ void product(const BitmapView& w, const MaskedLinearArgs& a, const uint32_t* pac
              int64_t end) {
   const BatchParts cut(a.batch);
   for (int64_t bundle = begin; bundle < end; ++bundle) {
-    const int64_t g0 = bundle * kBitmapBundle, g1 = least(g0 + kBitmapBundle, w.groups());
-    // The parts of the batch follow each other while the bundle's weights are in the L2 cache.
+    const int64_t g0 = bundle * cut.bundle(), g1 = least(g0 + cut.bundle(), w.groups());
     for (int64_t part = 0; part < cut.parts; ++part) {
       const int64_t first = cut.begin(part);
       const uint32_t* x = packed + first * w.steps();

@@ -12,8 +12,17 @@
 namespace fastprune {
 
 constexpr int64_t kBitmapRows = 16;     // of a group
-constexpr int64_t kBitmapBundle = 4;    // groups that are computed together; threads get bundles
 constexpr int64_t kBitmapMaxBatch = 8;  // batch entries that are computed together
+
+// How a batch is cut into parts of at most kBitmapMaxBatch entries, of about the same size.
+struct BatchParts {
+  int64_t batch, parts;
+  explicit BatchParts(int64_t n) : batch(n), parts((n + kBitmapMaxBatch - 1) / kBitmapMaxBatch) {}
+  int64_t begin(int64_t part) const { return batch * part / parts; }
+  // Groups that are computed together: as many as have room for their sums in the registers.
+  // Threads get these bundles, and a bundle's weights stay in L2 from one part to the next.
+  int64_t bundle() const { return batch / parts <= 6 ? 4 : 3; }
+};
 
 struct BitmapView {
   int64_t rows, cols;
@@ -25,7 +34,6 @@ struct BitmapView {
   const void* values;    // in the order of the masks' bits; 64 readable bytes follow the last
 
   int64_t groups() const { return (rows + kBitmapRows - 1) / kBitmapRows; }
-  int64_t bundles() const { return (groups() + kBitmapBundle - 1) / kBitmapBundle; }
   int64_t step_cols() const { return dtype == DType::bf16 ? 2 : 1; }
   int64_t steps() const { return (cols + step_cols() - 1) / step_cols(); }
   int64_t mask_bytes() const { return groups() * steps() * (dtype == DType::bf16 ? 4 : 2); }
@@ -53,7 +61,8 @@ FASTPRUNE_PER_AVX512(
     // Bytes of the packed activations, and packing them: x as in the args of the product.
     int64_t bitmap_x_bytes(const BitmapView& bitmap, int64_t batch);
     void bitmap_pack_x(const BitmapView& bitmap, const MaskedLinearArgs& args, void* packed);
-    // The bundles [begin, end) of the rows of y. The args' pattern and values are not looked at.
+    // The bundles [begin, end) of BatchParts::bundle() groups of y. The args' pattern and values
+    // are not looked at.
     void bitmap_product(const BitmapView& bitmap, const MaskedLinearArgs& args, const void* packed,
                         int64_t begin, int64_t end);)
 #endif
