@@ -149,7 +149,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         )
         kept = self._folded
         if kept is None or now is None or kept[0] != now:
-            # Outside inference mode: its tensors count no changes, so nothing could be kept of them.
+            # Outside inference mode, whose tensors count no changes: nothing of them could be kept.
             with torch.inference_mode(False), torch.no_grad():
                 scale, shift = scale_and_shift(norm)
                 if self.bias is not None:
