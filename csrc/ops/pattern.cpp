@@ -149,14 +149,14 @@ Tensor transposed_values(const PatternView& forward, const PatternView& transpos
   const void* from = weight.const_data_ptr();
   void* to = values.mutable_data_ptr();
   std::atomic<bool> agree{true};
-  for_each_range(
-      transposed.groups * transposed.blocks(), transposed.rows * 16,
-      [&](int64_t begin, int64_t end, void* cursor) {
-        if (!FASTPRUNE_PICK(gather_transposed_values)(forward, transposed, dtype, from, to,
-                                                      static_cast<int64_t*>(cursor), begin, end)) {
-          agree = false;
-        }
-      });
+  for_each_range(transposed.groups * transposed.blocks(), transposed.rows * 16,
+                 [&](int64_t begin, int64_t end, void* cursor) {
+                   if (!FASTPRUNE_PICK(gather_transposed_values)(forward, transposed, dtype, from,
+                                                                 to, static_cast<int64_t*>(cursor),
+                                                                 true, begin, end)) {
+                     agree = false;
+                   }
+                 });
   STD_TORCH_CHECK(agree.load(), op,
                   ": transposed_offset: expected the transpose of the pattern in offset");
   return values;

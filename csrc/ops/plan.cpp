@@ -222,7 +222,7 @@ Shared Plan::values(bool transposed, const Tensor& weight, int64_t version, cons
 }
 
 Shared Plan::read_values(bool transposed, DType dtype, const void* weight, int64_t bytes,
-                         const char* op) const {
+                         const char* op) {
   const PatternView& p = forward_.view;
   auto data = std::make_shared<const Scratch>(bytes);
   if (!transposed) {
@@ -240,12 +240,14 @@ Shared Plan::read_values(bool transposed, DType dtype, const void* weight, int64
   std::atomic<bool> agree{true};
   for_each_range(t.groups * t.blocks(), t.rows * 16, [&](int64_t begin, int64_t end, void* cursor) {
     if (!FASTPRUNE_PICK(gather_transposed_values)(p, t, dtype, weight, data->as<void>(),
-                                                  static_cast<int64_t*>(cursor), begin, end)) {
+                                                  static_cast<int64_t*>(cursor), !transpose_agrees_,
+                                                  begin, end)) {
       agree = false;
     }
   });
   STD_TORCH_CHECK(agree.load(), op,
                   ": plan: expected transposed_offset to be the transpose of offset");
+  transpose_agrees_ = true;
   return data;
 }
 

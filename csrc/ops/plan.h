@@ -86,13 +86,14 @@ class Plan {
   std::shared_ptr<const T> refreshed(std::shared_ptr<const T> kept, bool compare, const Read& read,
                                      const Same& same);
   Shared read_values(bool transposed, DType dtype, const void* weight, int64_t bytes,
-                     const char* op) const;
+                     const char* op);
 
   PatternShape shape_;
   Tensor transposed_row_ptr_, transposed_offset_;
   std::mutex mutex_;
   Direction forward_, transposed_;
   LinearForms forms_;
+  bool transpose_agrees_ = false;  // seen once; both are private
   Source source_{nullptr, -1, DType::f32};
   std::vector<Probe> probes_;
 };

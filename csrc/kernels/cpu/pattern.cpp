@@ -162,7 +162,7 @@ void gather(const PatternView& p, const S* weight, Accumulator<S>* values, int64
   });
 }
 
-template <typename S>
+template <typename S, bool Checked>
 bool gather_transposed(const PatternView& p, const PatternView& t, const S* weight,
                        Accumulator<S>* values, int64_t* cursor, int64_t begin, int64_t end) {
   const int64_t blocks_t = t.blocks();
@@ -185,11 +185,13 @@ bool gather_transposed(const PatternView& p, const PatternView& t, const S* weig
         const int64_t last = p.row_ptr[place + 1];
         for (int64_t i = p.row_ptr[place]; i < last; ++i) {
           const int64_t o = p.offset[i];
-          const int64_t c = by_taps(o);
+          const int64_t c = p.taps == 1 ? o : by_taps(o);
           const int64_t channel = b * p.block_depth + c;
           const int64_t at = cursor[channel]++;
           // The entry must be the transposed pattern's next one, else the two disagree.
-          if (at >= limit[channel] || t.offset[at] != k * t.taps + (o - c * p.taps)) return false;
+          if constexpr (Checked) {
+            if (at >= limit[channel] || t.offset[at] != k * t.taps + (o - c * p.taps)) return false;
+          }
           values[at] = widen(w[o]);
         }
       }
@@ -275,24 +277,24 @@ void sort_rows(const PatternView& p, SortedBuffers out) {
   out.row_ptr[p.blocks() * p.rows] = at;
 }
 
-#define FASTPRUNE_BY_DTYPE(call) \
-  switch (dtype) {               \
-    case DType::f32: {           \
-      using S = float;           \
-      return call;               \
-    }                            \
-    case DType::f64: {           \
-      using S = double;          \
-      return call;               \
-    }                            \
-    case DType::bf16: {          \
-      using S = BFloat16;        \
-      return call;               \
-    }                            \
-    default: {                   \
-      using S = Float16;         \
-      return call;               \
-    }                            \
+#define FASTPRUNE_BY_DTYPE(...) \
+  switch (dtype) {              \
+    case DType::f32: {          \
+      using S = float;          \
+      return __VA_ARGS__;       \
+    }                           \
+    case DType::f64: {          \
+      using S = double;         \
+      return __VA_ARGS__;       \
+    }                           \
+    case DType::bf16: {         \
+      using S = BFloat16;       \
+      return __VA_ARGS__;       \
+    }                           \
+    default: {                  \
+      using S = Float16;        \
+      return __VA_ARGS__;       \
+    }                           \
   }
 
 void gather_values(const PatternView& p, DType dtype, const void* weight, void* values,
@@ -302,10 +304,16 @@ void gather_values(const PatternView& p, DType dtype, const void* weight, void* 
 }
 
 bool gather_transposed_values(const PatternView& p, const PatternView& t, DType dtype,
-                              const void* weight, void* values, int64_t* cursor, int64_t begin,
-                              int64_t end) {
-  FASTPRUNE_BY_DTYPE(gather_transposed<S>(p, t, static_cast<const S*>(weight),
-                                          static_cast<Accumulator<S>*>(values), cursor, begin, end))
+                              const void* weight, void* values, int64_t* cursor, bool checked,
+                              int64_t begin, int64_t end) {
+  if (checked) {
+    FASTPRUNE_BY_DTYPE(gather_transposed<S, true>(p, t, static_cast<const S*>(weight),
+                                                  static_cast<Accumulator<S>*>(values), cursor,
+                                                  begin, end))
+  }
+  FASTPRUNE_BY_DTYPE(gather_transposed<S, false>(p, t, static_cast<const S*>(weight),
+                                                 static_cast<Accumulator<S>*>(values), cursor,
+                                                 begin, end))
 }
 
 void scatter_values(const PatternView& p, DType dtype, const void* values, void* weight_grad,

@@ -96,11 +96,12 @@ FASTPRUNE_PER_ISA(
     void gather_values(const PatternView& forward, DType dtype, const void* weight, void* values,
                        int64_t begin, int64_t end);
     // The same in the order of the transposed pattern, for its (group, block) items [begin, end).
-    // cursor: scratch for 2 * transposed.rows values. False when the two patterns do not describe
-    // the same mask; nothing outside `values` was touched.
+    // cursor: scratch for 2 * transposed.rows values. If `checked`: false when the two patterns do
+    // not describe the same mask, and nothing outside `values` was touched; the others are known
+    // to.
     bool gather_transposed_values(const PatternView& forward, const PatternView& transposed,
                                   DType dtype, const void* weight, void* values, int64_t* cursor,
-                                  int64_t begin, int64_t end);
+                                  bool checked, int64_t begin, int64_t end);
     // weight_grad (dense, rows x cols) = values at the entries, 0 elsewhere; rows [begin, end), cut
     // at windows if sorted.
     void scatter_values(const PatternView& forward, DType dtype, const void* values,
