@@ -68,7 +68,9 @@ def test_random_linear_cases(isa: str, dtype: torch.dtype) -> None:
             (x, batch_last(x)), (CONTIGUOUS, LIKE_INPUT, BATCH_LAST)
         ):
             assert same_bits(forward(source, layout), y), f"{what} layout={layout}"
-        assert same_bits(OPS.masked_linear(batch_last(x), weight, bias, *pattern[:6], False), y)
+        # The raw pattern's product: a plan may sum in another order where the batch is small.
+        raw = OPS.masked_linear(batch_last(x), weight, bias, *pattern[:6], False)
+        assert_within(raw, *linear_exact(x, weight, mask, bias), f"{what} raw")
         grad = torch.randn(batch, out, generator=g).to(dtype)
         dx = OPS.planned_linear_input_grad(batch_last(grad), weight, plan, -1)
         w = wide(torch.where(mask, weight, 0))
