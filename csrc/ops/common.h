@@ -141,6 +141,10 @@ void for_each_range(int64_t items, int64_t scratch_bytes, const F& f) {
   const int64_t threads = thread_count();
   const int64_t workers = items < threads ? items : threads;
   const int64_t slot = (scratch_bytes + 63) / 64 * 64;
+  if (workers == 1 && slot == 0) {
+    f(int64_t{0}, items, nullptr);
+    return;
+  }
   const Scratch scratch(checked_product(slot, workers, "fastprune"));
   if (workers == 1) {
     f(int64_t{0}, items, scratch.as<void>());

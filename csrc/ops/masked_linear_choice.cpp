@@ -13,12 +13,22 @@ constexpr int64_t kScanned = 1 << 16;  // elements of x that one thread looks at
 // The bitmap's time does not depend on the density: it expands all weights, once for every part of
 // the batch, and multiplies them by every entry. That of the other products hardly depends on a
 // batch that fits one tile. Milliseconds for 4096 x 4096 weights (Zen 5); what counts is where they
-// cross.
-bool bitmap_pays(DType dtype, int64_t batch, double density) {
-  if (batch > 2 * kBitmapMaxBatch) return false;
+// cross. For few rows, packing x is what takes the time.
+bool bitmap_pays(const PatternView& p, DType dtype, int64_t batch) {
+  if (batch > 2 * kBitmapMaxBatch || p.rows < 4 * kBitmapRows) return false;
+  const double density =
+      static_cast<double>(p.nnz) / static_cast<double>(p.rows) / static_cast<double>(p.depth);
   const double parts = batch > kBitmapMaxBatch ? 2 : 1, n = static_cast<double>(batch);
   return dtype == DType::bf16 ? 0.2 * parts + 0.045 * n < 0.06 + 3.3 * density
                               : 0.5 * parts + 0.08 * n < 0.1 + 7 * density;
+}
+
+// Groups of eight leave much of a short row to zeros: half tiles are then better off in float32.
+constexpr int64_t kPairsLeastEntries = 24;  // of a row in a block, on average
+bool pairs_pay(const PatternView& p, bool transposed, int64_t batch) {
+  const int64_t cols = transposed ? p.rows : p.depth, rows = transposed ? p.depth : p.rows;
+  const int64_t blocks = (cols + pairs_width(p) - 1) / pairs_width(p);
+  return batch > kPairsTile / 2 || p.nnz >= kPairsLeastEntries * rows * blocks;
 }
 
 uint32_t infinity_bits(DType dtype) {
@@ -80,10 +90,8 @@ bool multiply_by_form(const LinearWeight& weight, bool transposed, const MaskedL
   const DType dtype = args.dtype;
   const bool all_dtypes = isa == Isa::avx512_bf16 && dtype != DType::f64;
   const bool known = all_dtypes || (isa == Isa::avx512 && dtype == DType::f32);
-  const double density =
-      static_cast<double>(p.nnz) / static_cast<double>(p.rows) / static_cast<double>(p.depth);
-  const bool small = known && !transposed && bitmap_pays(dtype, args.batch, density);
-  const bool pairs = all_dtypes && dtype == DType::bf16;
+  const bool small = known && !transposed && bitmap_pays(p, dtype, args.batch);
+  const bool pairs = all_dtypes && dtype == DType::bf16 && pairs_pay(p, transposed, args.batch);
   if (!small && !pairs) return false;
   const Magnitudes x = scan(args, args.batch * (transposed ? p.rows : p.depth));
   const bool exact = dtype != DType::bf16;

@@ -14,8 +14,10 @@ namespace {
 constexpr int kWidthShift = 9, kWideShift = 10;
 constexpr double kWideBelowDensity = 0.03;
 
-double density_of(const PatternView& p) {
-  return static_cast<double>(p.nnz) / static_cast<double>(p.rows) / static_cast<double>(p.cols());
+int pairs_shift(const PatternView& p) {
+  const double density =
+      static_cast<double>(p.nnz) / static_cast<double>(p.rows) / static_cast<double>(p.depth);
+  return density < kWideBelowDensity ? kWideShift : kWidthShift;
 }
 
 std::shared_ptr<BitmapWeight> bitmap_of(const PatternView& forward, DType dtype) {
@@ -40,7 +42,7 @@ std::shared_ptr<PairsWeight> pairs_of(const PatternView& forward, bool transpose
   PairsView& v = made->view;
   v.rows = transposed ? forward.depth : forward.rows;
   v.cols = transposed ? forward.rows : forward.depth;
-  v.width_shift = density_of(forward) < kWideBelowDensity ? kWideShift : kWidthShift;
+  v.width_shift = pairs_shift(forward);
   const int64_t places = v.blocks() * v.rows;
   const auto group_ptr = std::make_shared<const Scratch>((places + 1) * 8);
   const auto row_at = std::make_shared<const Scratch>(places * 4);
@@ -68,6 +70,8 @@ std::shared_ptr<PairsWeight> pairs_of(const PatternView& forward, bool transpose
 }
 
 }  // namespace
+
+int64_t pairs_width(const PatternView& forward) { return int64_t{1} << pairs_shift(forward); }
 
 std::shared_ptr<const BitmapWeight> LinearForms::read_bitmap(const PatternView& forward,
                                                              DType dtype, const void* weight) {

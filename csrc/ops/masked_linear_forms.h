@@ -16,6 +16,9 @@ struct BitmapWeight {
   bool same_values(const BitmapWeight& other) const;
 };
 
+// Columns of a block of pairs, for the pattern of a linear weight.
+int64_t pairs_width(const PatternView& forward);
+
 struct PairsWeight {
   PairsView view{};
   Windows windows;
