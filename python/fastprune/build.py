@@ -14,8 +14,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dictionary with ``version``; ``compiler``; ``built_with_torch`` and ``torch`` (running);
-        ``cpu_isas``: CPU instruction sets inside the binary; ``cpu_isa``: the one in use (the
-        environment variable ``FASTPRUNE_ISA`` = ``scalar`` | ``avx2`` | ``avx512`` caps it);
+        ``cpu_isas``: CPU instruction sets inside the binary, ascending; ``cpu_isa``: the one in use
+        (the environment variable ``FASTPRUNE_ISA`` names the highest to use);
         ``cuda_version`` and ``cuda_architectures``: the CUDA toolkit and targets inside, empty for
         a CPU build; ``threads``: of torch's pool.
     """

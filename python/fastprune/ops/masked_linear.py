@@ -48,7 +48,8 @@ def masked_linear(
             (dynamic pruning with feedback: Lin et al. 2020, Algorithm 1).
     Returns:
         (..., out) in the dtype of ``x``. bfloat16 and float16 are accumulated in float32 and
-        rounded once. The same bits for any number of threads.
+        rounded once. The same bits for any number of threads; the order in which a sum is made
+        depends on dtype, density and the number of rows of ``x``.
     Raises:
         TypeError: a dtype is unsupported or differs between arguments, or ``mask`` is neither.
         ValueError: shapes or devices do not fit; the message names the argument.
