@@ -373,6 +373,8 @@ def test_a_bad_pixel_reaches_only_what_reads_it(
     grad = torch.rand(seen.shape, generator=g) + 0.5
     bad_grad = grad.clone()
     bad_grad[1, 4, 2, 2] = value
+    rows = torch.zeros(9, dtype=torch.bool)
+    rows[4] = True
     reached = torch.nn.grad.conv2d_input(
         x.shape, mask.double(), (~bad_grad.isfinite()).double(), padding=padding
     )
@@ -384,6 +386,9 @@ def test_a_bad_pixel_reaches_only_what_reads_it(
                 y = conv.forward(source, layout)
                 assert torch.equal(~y.isfinite(), seen), isa
             assert torch.equal(~conv.weight_grad(batch_last(grad), source).isfinite(), spoilt), isa
+            for wrong in (bad_grad, batch_last(bad_grad)):
+                dw = conv.weight_grad(wrong, batch_last(torch.ones_like(x)))
+                assert torch.equal((~dw.isfinite()).flatten(1).any(1), rows), isa
         dx = conv.input_grad(batch_last(bad_grad), x)
         assert torch.equal(~dx.isfinite(), reached > 0), isa
 

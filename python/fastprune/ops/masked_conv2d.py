@@ -147,8 +147,10 @@ def apply_conv2d(
     if planned(x, weight, pattern):
         assert pattern.plan is not None
         number = pattern.plan.number(pattern)
-        version = pattern.plan.version(weight) if kept else -1
-        if needs_grad(x, weight, bias):
+        recorded = needs_grad(x, weight, bias)
+        training = recorded and weight.requires_grad
+        version = pattern.plan.version(weight, training) if kept else -1
+        if recorded:
             y = PlannedConv2dFunction.apply(
                 images, weight, bias, pattern, number, version, geometry, dense_weight_grad, layout
             )

@@ -91,8 +91,10 @@ def apply_linear(
     if planned(x, weight, pattern):
         assert pattern.plan is not None
         number = pattern.plan.number(pattern)
-        version = pattern.plan.version(weight) if kept else -1
-        if needs_grad(x, weight, bias):
+        recorded = needs_grad(x, weight, bias)
+        training = recorded and weight.requires_grad
+        version = pattern.plan.version(weight, training) if kept else -1
+        if recorded:
             y = PlannedLinearFunction.apply(
                 flat, weight, bias, pattern, number, version, dense_weight_grad, layout
             )

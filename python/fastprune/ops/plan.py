@@ -32,11 +32,12 @@ class Plan:
     A copy starts empty: a plan keeps the values of one weight, and copies are made to differ.
     """
 
-    __slots__ = ("__weakref__", "_id", "_last")
+    __slots__ = ("__weakref__", "_id", "_last", "_trained")
 
     def __init__(self) -> None:
         self._id = 0
         self._last: tuple[Any, int] | None = None
+        self._trained = False
 
     def number(self, pattern: Pattern) -> int:
         """The plan of ``pattern``, which is checked and copied at the first call."""
@@ -58,10 +59,14 @@ class Plan:
                 self._id = made
         return self._id
 
-    def version(self, weight: Tensor) -> int:
-        """A number that changes whenever ``weight`` is another tensor or was changed in place."""
+    def version(self, weight: Tensor, training: bool = False) -> int:
+        """A number that changes whenever ``weight`` is another tensor or was changed in place.
+
+        Also between a call in training and one that is not: torch's fused optimizers do not count.
+        """
         last = self._last
-        if last is None or last[0]() is not weight:
+        trained, self._trained = self._trained, training
+        if last is None or last[0]() is not weight or (trained and not training):
             last = self._last = (weakref.ref(weight), next(_epochs) % (1 << 29) << 32)
         try:
             return last[1] | weight._version & 0xFFFFFFFF
