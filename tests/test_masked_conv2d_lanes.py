@@ -373,6 +373,7 @@ def test_a_bad_pixel_reaches_only_what_reads_it(
     grad = torch.rand(seen.shape, generator=g) + 0.5
     bad_grad = grad.clone()
     bad_grad[1, 4, 2, 2] = value
+    bad_grad[0, 0, 0, 0] = value  # no weight meets it
     rows = torch.zeros(9, dtype=torch.bool)
     rows[4] = True
     reached = torch.nn.grad.conv2d_input(
