@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from fastprune import timing
 from fastprune.fusing import fuse, fuse_relu_
 from fastprune.nn import MaskedConv2d, MaskedLayer
+from fastprune.nn.chunks import Chunks, acts_on_samples
 from fastprune.ops import layout
 from fastprune.ops.plan import BATCH_LAST
 from fastprune.report import LayerReport, Report, _isa
 
 # A layer is swapped when it is at least this much faster: noise must not decide.
 _MARGIN = 1.03
+# Samples at a time of a whole model, worth a try: less to keep in cache between the layers.
+_CHUNKS = (16, 32)
 
 
 def record_inputs(
@@ -167,7 +170,13 @@ def _variants(fast: nn.Module, arguments: tuple[Any, ...], training: bool) -> di
     forms = {"fast, fused": fuse(fast, arguments, batch_last=False)}
     if chain:
         forms["fast, fused, batch last"] = fuse(fast, arguments, batch_last=True)
-    return {name: form for name, form in forms.items() if form is not None}
+    found = {name: form for name, form in forms.items() if form is not None}
+    # Whole vectors of the kernels that keep the batch innermost.
+    for name, form in list(found.items())[-1:]:
+        for size in _CHUNKS:
+            if batch > size and acts_on_samples(form, arguments, size):
+                found[f"{name}, {size} samples at a time"] = Chunks(form, size)
+    return found
 
 
 def keep_batch_last(fast: nn.Module) -> nn.Module:

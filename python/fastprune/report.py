@@ -64,7 +64,7 @@ class Report:
             ``fast_ms`` is then the time of the attempt.
         channels_last: whether the dense convolutions' weights were stored channels_last.
         form: further form of the fast model that was taken: "fused", "fused, batch last",
-            "batch last", or empty.
+            "batch last", "fused, batch last, 16 samples at a time", or empty.
         timings: median and quartiles of every candidate, in seconds.
         threads, isa, torch_version: where this was measured.
     """
