@@ -31,20 +31,21 @@ def accelerate(
     channels_last), both with the weights pruned; in training, dense also pays for enforcing the
     mask. The faster one is kept. Then whole models are timed: dense and fast, with contiguous and
     with channels_last convolution weights, and further forms of the fast one. For inference (a
-    model in evaluation mode that ``torch.fx`` can trace) BatchNorm, residual addition and ReLU
-    are fused into the sparse convolution before them; in inference and training, convolutions,
-    pooling and BatchNorm may hand each other activations with the batch innermost
-    (:mod:`fastprune.ops.layout`), so that a chain of layers converts once; a large
-    batch may run 16 or 32 samples at a time, which keeps more in cache. The fastest is returned; if the copy loses, all its layers go back to dense kernels, and it takes the better
-    memory format. Timings are of this machine, thread count, dtype and input shape, are kept for
-    layers of the same sizes and sparsity within the process, and the report says what was decided
-    and why.
+    model in evaluation mode that ``torch.fx`` can trace) BatchNorm, residual addition and ReLU are
+    fused into the sparse convolution before them; in inference and training, convolutions, pooling
+    and BatchNorm may hand each other activations with the batch innermost
+    (:mod:`fastprune.ops.layout`), so that a chain of layers converts once; a large batch may run 16
+    or 32 samples at a time, which keeps more in cache. The fastest is returned; if the copy loses,
+    all its layers go back to dense kernels, and it takes the better memory format. Timings are of
+    this machine, thread count, dtype and input shape, are kept for layers of the same sizes and
+    sparsity within the process, and the report says what was decided and why.
 
-    The layers become :class:`fastprune.nn.MaskedLinear` / :class:`fastprune.nn.MaskedConv2d`
-    (with ``sparse=False`` where dense won): the ``state_dict`` keys of the model, plus the masks,
-    and pruned weights stay pruned in training. A fused model is an ``fx.GraphModule`` with the same
-    modules and the same keys (:class:`fastprune.nn.chunks.Chunks` if it runs in chunks). Masked parameters of other layers (1-d and 3-d
-    convolutions, say) are set to zero once, and the report names them.
+    The layers become :class:`fastprune.nn.MaskedLinear` / :class:`fastprune.nn.MaskedConv2d` (with
+    ``sparse=False`` where dense won): the ``state_dict`` keys of the model, plus the masks, and
+    pruned weights stay pruned in training. A fused model is an ``fx.GraphModule`` with the same
+    modules and the same keys (:class:`fastprune.nn.chunks.Chunks` if it runs in chunks). Masked
+    parameters of other layers (1-d and 3-d convolutions, say) are set to zero once, and the report
+    names them.
 
     Args:
         model: not changed. Its own train / eval mode is kept, except as said below.

@@ -170,7 +170,7 @@ def _variants(fast: nn.Module, arguments: tuple[Any, ...], training: bool) -> di
     forms = {"fast, fused": fuse(fast, arguments, batch_last=False)}
     if chain:
         forms["fast, fused, batch last"] = fuse(fast, arguments, batch_last=True)
-    found = {name: form for name, form in forms.items() if form is not None}
+    found: dict[str, nn.Module] = {name: form for name, form in forms.items() if form is not None}
     # Whole vectors of the kernels that keep the batch innermost.
     for name, form in list(found.items())[-1:]:
         for size in _CHUNKS:

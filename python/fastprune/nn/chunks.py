@@ -1,4 +1,4 @@
-"""A whole model over a few samples at a time, so that what lies between its layers stays in cache."""
+"""A whole model over a few samples at a time: what lies between its layers stays in cache."""
 
 from __future__ import annotations
 
