@@ -359,8 +359,8 @@ def test_nan_is_an_error_that_names_the_tensor(n: int, scope: str, sign: float) 
         for f in (k, [5, 5] if isinstance(k, list) else 2):
             with pytest.raises(ValueError, match=r"scores\[1\] \(b\): .*NaN"):
                 fp.global_topk_mask(v, k=f, scope=scope, score=score, names=["a", "b"])
+    call = TopkCall.check(v, scope, "identity", None, None, None, None, False, None)
     with pytest.raises(ValueError, match=r"scores\[1\]: .*NaN"):
-        call = TopkCall.check(v, scope, "identity", None, None, None, None, False, None)
         call._by_reference([0] if k == 0 else k)
     within = [torch.ones(t.shape, dtype=torch.bool) for t in v]
     within[1][1] = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastprune.ops.topk_call import OP, Scope, Score, TopkCall, count_of, kept_count
+from fastprune.ops.topk_call import OP, Scope, Score, TopkCall, count_of, kept_count, lamp_of
 from fastprune.ops.topk_restricted import restricted
 from fastprune.reference.global_topk_mask import fuse_score, unpack_bits
 
@@ -62,13 +62,13 @@ class KeptScores(NamedTuple):
     """What a selection kept, tensor by tensor.
 
     Attributes:
-        count: int64, (L,): kept elements.
+        kept: int64, (L,): kept elements.
         threshold: float64, (L,): least kept score, infinity where nothing is kept. Its minimum is
             the threshold of a selection with scope ``global``: the k-th best score.
         total: float64, (L,): sum of the kept scores, in float64.
     """
 
-    count: Tensor
+    kept: Tensor
     threshold: Tensor
     total: Tensor
 
@@ -115,7 +115,8 @@ def global_topk_mask(
             compared without rounding. ``noise``: uniform in [0, 1) from ``seed`` and the flat
             index among all elements, in float64, whatever the tensors hold. ``lamp``: v^2 over
             the sum of the squares that are not smaller, of the same tensor (within ``within``), in
-            float64; infinite weights count as NaN; with scope ``global`` or ``layer``.
+            float64; infinite weights count as NaN; with the scopes ``neuron`` and ``filter``
+            made by the plain torch reference, which sorts every tensor.
         other: second factors for ``product`` and ``saliency``, shaped and placed like ``scores``.
         within: bool tensors shaped and placed like ``scores``: only True elements are candidates,
             so masks only lose entries. With scope ``filter`` the candidates are the rows with any
@@ -189,13 +190,13 @@ def global_topk_sweep(
     computed once; otherwise one selection after another.
     """
     call = TopkCall.check(scores, scope, score, other, within, scale, seed, packed, names)
-    given = densities if k is None else k
+    given: Any = densities if k is None else k
     if (densities is None) == (k is None):
         raise ValueError(
             f"{OP}: densities, k: expected exactly one of them, got "
             + ("neither" if k is None else "both")
         )
-    if not isinstance(given, Sequence) or isinstance(given, str):
+    if isinstance(given, (str, Tensor)) or not isinstance(given, Sequence):
         name = "densities" if k is None else "k"
         raise TypeError(f"{OP}: {name}: expected a sequence, got {type(given).__name__}")
     if len(given) == 0:
@@ -231,9 +232,12 @@ def kept_scores(
 
     ``lamp`` scores are made by the plain torch reference, which sorts every tensor.
     """
+    given: Any = masks
+    if isinstance(given, (str, Tensor)) or not isinstance(given, Sequence):
+        raise TypeError(f"{OP}: masks: expected a sequence of tensors, got {type(given).__name__}")
     bits = bool(masks) and isinstance(masks[0], Tensor) and masks[0].dtype == torch.uint8
     call = TopkCall.check(scores, "global", score, other, within, scale, seed, bits, names)
-    if isinstance(masks, Tensor) or len(masks) != len(call.values):
+    if len(masks) != len(call.values):
         raise ValueError(f"{OP}: masks: expected {len(call.values)} tensors, one per tensor")
     for i, (v, m) in enumerate(zip(call.values, masks, strict=True)):
         shape = ((v.numel() + 7) // 8,) if bits else tuple(v.shape)
@@ -244,9 +248,7 @@ def kept_scores(
                 f"got {m.dtype} of shape {tuple(m.shape)} on {m.device}"
             )
     if score == "lamp":
-        pairs = zip(call.values, within or [None] * len(call.values), strict=True)
-        lamp = [fuse_score(v, None, "lamp", within=w) for v, w in pairs]
-        return kept_scores(lamp, masks, names=names)
+        return kept_scores(lamp_of(call.values, call.within), masks, names=names)
     with torch.no_grad():
         if call.values[0].device.type not in ("cpu", "meta"):
             return _kept_by_reference(call, list(masks))

@@ -71,10 +71,6 @@ class TopkCall:
             raise ValueError(f"{OP}: scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
         if score not in SCORES:
             raise ValueError(f"{OP}: score: expected one of {', '.join(SCORES)}, got {score!r}")
-        if score == "lamp" and scope not in ("global", "layer"):
-            raise ValueError(
-                f"{OP}: scope: expected global or layer with score 'lamp', got {scope!r}"
-            )
         if (other is not None) != (score in ("product", "saliency")):
             raise ValueError(
                 f"{OP}: other: score {score!r} "
@@ -88,13 +84,15 @@ class TopkCall:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
             raise TypeError(f"{OP}: seed: expected an int, got {type(seed).__name__}")
         factors = [] if other is None else tensors(other, "other", values)
-        allowed = [] if within is None else tensors(within, "within", values)
+        allowed: list[Tensor] = [] if within is None else tensors(within, "within", values)
         for i, t in enumerate(factors):
             if t.dtype not in FLOATS:
                 raise TypeError(f"{OP}: other{labels[i]}: {_expected_float(t)}")
         for i, t in enumerate(allowed):
             if t.dtype != torch.bool:
-                raise TypeError(f"{OP}: within{labels[i]}: expected dtype torch.bool, got {t.dtype}")
+                raise TypeError(
+                    f"{OP}: within{labels[i]}: expected dtype torch.bool, got {t.dtype}"
+                )
         if not isinstance(packed, bool):
             raise TypeError(f"{OP}: packed: expected a bool, got {type(packed).__name__}")
         if scope in ("neuron", "filter"):
@@ -104,6 +102,8 @@ class TopkCall:
                         f"{OP}: scores{labels[i]}: expected at least 1 dimension with scope "
                         f"{scope!r}, got a scalar"
                     )
+        if score == "lamp" and scope in ("neuron", "filter"):  # the kernel ranks whole layers
+            values, score = lamp_of(values, allowed), "identity"
         # Torch's integers have 64 bits and a sign.
         wrapped = 0 if seed is None else (int(seed) + 2**63) % 2**64 - 2**63
         return cls(
@@ -118,14 +118,20 @@ class TopkCall:
             labels,
         )
 
-    def subset(self, chosen: Sequence[int], **changes: Any) -> TopkCall:
+    def subset(self, chosen: Sequence[int]) -> TopkCall:
         """The call for some of the tensors."""
 
         def some(items: list[Any]) -> list[Any]:
             return [items[i] for i in chosen] if items else []
 
-        parts = {f: some(getattr(self, f)) for f in ("values", "other", "within", "scale")}
-        return replace(self, labels=some(self.labels), **parts, **changes)
+        return replace(
+            self,
+            values=some(self.values),
+            other=some(self.other),
+            within=some(self.within),
+            scale=some(self.scale),
+            labels=some(self.labels),
+        )
 
     def units(self) -> list[int]:
         """What counts choose from: of all tensors, or of each (each row, with scope neuron)."""
@@ -247,6 +253,14 @@ class TopkCall:
             message,
         )
         return re.sub(r"counts(\[\d+\])?", "k", message).replace("all values", "all scores")
+
+
+def lamp_of(values: list[Tensor], within: list[Tensor]) -> list[Tensor]:
+    """LAMP's scores as tensors."""
+    return [
+        fuse_score(v, None, "lamp", within=within[i] if within else None)
+        for i, v in enumerate(values)
+    ]
 
 
 def _labels(names: Any, n: int) -> list[str]:

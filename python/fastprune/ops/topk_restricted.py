@@ -14,9 +14,7 @@ from fastprune.ops.topk_call import OP, TopkCall
 from fastprune.reference.global_topk_mask import rows_of, uniform_noise, unpack_bits
 
 
-def restricted(
-    call: TopkCall, counts: list[int], frozen: Any, min_per_tensor: Any
-) -> list[Tensor]:
+def restricted(call: TopkCall, counts: list[int], frozen: Any, min_per_tensor: Any) -> list[Tensor]:
     """The masks of one selection; see :func:`fastprune.global_topk_mask`.
 
     Tensors that fall short of the minimum in the best selection of all get exactly their minimum,

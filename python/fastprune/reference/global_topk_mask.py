@@ -64,7 +64,8 @@ def uniform_noise(
     z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
     z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
     z = z ^ shifted(z, 31)
-    return (shifted(z, 12).double() / 2**52).view(tuple(shape))
+    fractions: Tensor = shifted(z, 12).double() / 2**52
+    return fractions.view(tuple(shape))
 
 
 def lamp_scores(values: Tensor, within: Tensor | None = None) -> Tensor:
