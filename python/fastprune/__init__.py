@@ -14,10 +14,15 @@ from fastprune.convert import accelerate, finalize  # noqa: E402
 from fastprune.masks import Masks  # noqa: E402
 from fastprune.ops import (  # noqa: E402
     Pattern,
+    SparsityIndex,
+    TensorStatistics,
+    gini_index,
     global_topk_mask,
     masked_conv2d,
     masked_linear,
     pack,
+    pq_index,
+    tensor_statistics,
 )
 from fastprune.pruners import Pruner, prune, score  # noqa: E402
 from fastprune.report import LayerReport, Report  # noqa: E402
@@ -30,10 +35,13 @@ __all__ = [
     "Pattern",
     "Pruner",
     "Report",
+    "SparsityIndex",
+    "TensorStatistics",
     "accelerate",
     "build_info",
     "data",
     "finalize",
+    "gini_index",
     "global_topk_mask",
     "masked_conv2d",
     "masked_linear",
@@ -41,8 +49,10 @@ __all__ = [
     "nn",
     "ops",
     "pack",
+    "pq_index",
     "prune",
     "reference",
     "score",
+    "tensor_statistics",
     "timing",
 ]

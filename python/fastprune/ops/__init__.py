@@ -8,5 +8,23 @@ from fastprune.ops.global_topk_mask import global_topk_mask  # noqa: E402
 from fastprune.ops.masked_conv2d import masked_conv2d  # noqa: E402
 from fastprune.ops.masked_linear import masked_linear  # noqa: E402
 from fastprune.ops.pattern import Pattern, pack  # noqa: E402
+from fastprune.ops.tensor_statistics import (  # noqa: E402
+    SparsityIndex,
+    TensorStatistics,
+    gini_index,
+    pq_index,
+    tensor_statistics,
+)
 
-__all__ = ["Pattern", "global_topk_mask", "masked_conv2d", "masked_linear", "pack"]
+__all__ = [
+    "Pattern",
+    "SparsityIndex",
+    "TensorStatistics",
+    "gini_index",
+    "global_topk_mask",
+    "masked_conv2d",
+    "masked_linear",
+    "pack",
+    "pq_index",
+    "tensor_statistics",
+]
