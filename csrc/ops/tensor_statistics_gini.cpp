@@ -43,7 +43,7 @@ class Gini {
     alike_ = all_bf16 || all_f16;
     top_shift_ = wide_ ? 47 : all_bf16 ? 16 : all_f16 ? 13 : 15;
     const int64_t budget_bytes = std::max(kSmallestBudget, bytes / kShare);
-    budget_ = std::min<int64_t>(budget_bytes / (wide_ ? 8 : 2), int64_t{1} << 31);
+    budget_ = std::min({budget_bytes / (wide_ ? 8 : 2), elements, int64_t{1} << 31});
     // A worker's counts are 32 bits, and its bins are a share of the memory too.
     constexpr int64_t kMost = int64_t{1} << 31, kWorthIt = int64_t{1} << 20;
     workers_ = std::max(std::min(thread_count(), elements / kWorthIt + 1),
@@ -99,7 +99,7 @@ class Gini {
   // Calls f(bin, group) for the bins that are not empty, in order: 2^(bits - shift) bins of
   // 2^shift keys from `lo` on.
   template <typename F>
-  void for_each_group(uint64_t lo, int bits, int shift, const F& f) const {
+  void for_each_group(uint64_t lo, int bits, int shift, const F& f) {
     const int64_t bins = int64_t{1} << (bits - shift);
     const GiniRange range{wide_, lo, uint64_t{1} << bits, shift};
     std::vector<uint32_t> counts(static_cast<size_t>(bins * workers_));
@@ -127,7 +127,7 @@ class Gini {
   }
 
   // The group of one bin of 2^shift keys from `lo` on, from those of its parts.
-  GiniGroup refine(uint64_t lo, int shift, int64_t count) const {
+  GiniGroup refine(uint64_t lo, int shift, int64_t count) {
     const int next = std::max(shift - 16, 0);
     GiniGroup whole{count, 0, 0};
     int64_t before = 0;
@@ -144,7 +144,7 @@ class Gini {
   // for_each_group for a run of bins that are brought together, `found` elements.
   template <typename F>
   void gather(const GiniRange& all, int64_t bin, int64_t end, int64_t found,
-              const std::vector<int64_t>& totals, uint32_t* counts, const F& f) const {
+              const std::vector<int64_t>& totals, uint32_t* counts, const F& f) {
     const int64_t bins = static_cast<int64_t>(totals.size());
     std::vector<int64_t> filled, starts;
     int64_t at = 0;
@@ -159,19 +159,19 @@ class Gini {
       }
     }
     const int64_t key_bytes = wide_ ? 8 : 2;
-    const Scratch keys(found * key_bytes);
+    if (keys_ == nullptr) keys_ = std::make_unique<Scratch>(budget_ * key_bytes);
     const GiniRange range{wide_, all.lo + (static_cast<uint64_t>(bin) << all.shift),
                           static_cast<uint64_t>(end - bin) << all.shift, all.shift};
     for_each_chunk([&](int64_t w, const Chunk& c) {
       FASTPRUNE_PICK(gini_scatter)
-      (tensors_[c.tensor], c.begin, c.end, range, counts + w * bins + bin, keys.as<void>());
+      (tensors_[c.tensor], c.begin, c.end, range, counts + w * bins + bin, keys_->as<void>());
     });
     std::vector<GiniGroup> groups(filled.size());
     for_each_range(static_cast<int64_t>(filled.size()), kGiniScratch,
                    [&](int64_t first, int64_t last, void* scratch) {
                      for (int64_t i = first; i < last; ++i) {
                        groups[i] = FASTPRUNE_PICK(gini_group)(
-                           wide_, keys.as<char>() + starts[i] * key_bytes, totals[filled[i]],
+                           wide_, keys_->as<char>() + starts[i] * key_bytes, totals[filled[i]],
                            all.shift, scratch);
                      }
                    });
@@ -184,6 +184,7 @@ class Gini {
   bool alike_;  // the elements of one bin are equal
   int top_bits_, top_shift_;
   int64_t budget_, workers_;
+  std::unique_ptr<Scratch> keys_;  // of the run of bins in hand
 };
 
 }  // namespace

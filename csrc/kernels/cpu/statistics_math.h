@@ -15,6 +15,8 @@ namespace fastprune::FASTPRUNE_ISA {
 namespace {
 
 constexpr int64_t kBlock = 4096;  // elements that stay in L1 while every statistic reads them
+template <typename T>
+constexpr int64_t kRoom = kBlock + kLanes<T>;  // of a buffer for them
 
 using Doubles = Vec<double>;
 using Words = Vec<uint64_t>;
@@ -38,37 +40,42 @@ const T* convert(const void* from, int64_t begin, int64_t n, T* buffer) {
   return buffer;
 }
 
-// x[i] for the i with keep(vector of x, mask of lanes that exist) or keep(x[i]); out may be x.
 #if defined(__AVX512F__)
+inline __m512i load_lanes(const void* p) { return _mm512_loadu_si512(p); }
+
+// Moves to out the x[i] for which keep(vector of x, i) has its bit set, and returns their number.
+// There is room for a vector more in both; out may be x.
 template <typename T, typename Keep>
 int64_t compress(const T* x, int64_t n, T* out, Keep keep) {
-  int64_t found = 0;
   constexpr int W = kLanes<T>;
-  for (int64_t i = 0; i < n; i += W) {
-    const uint32_t exist = n - i < W ? (1u << (n - i)) - 1 : static_cast<uint32_t>((1ull << W) - 1);
-    // Compressed in the register: compressing stores are several times slower on some processors.
+  int64_t found = 0;
+  const auto step = [&](__m512i v, uint32_t kept) {
+    // In the register: compressing stores are several times slower on some processors.
     if constexpr (sizeof(T) == 4) {
-      const __m512i v = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(exist), x + i);
-      const __mmask16 kept = static_cast<__mmask16>(keep(v, i) & exist);
-      const int here = __builtin_popcount(kept);
-      _mm512_mask_storeu_epi32(out + found, static_cast<__mmask16>((1u << here) - 1),
-                               _mm512_maskz_compress_epi32(kept, v));
-      found += here;
+      v = _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept), v);
     } else {
-      const __m512i v = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(exist), x + i);
-      const __mmask8 kept = static_cast<__mmask8>(keep(v, i) & exist);
-      const int here = __builtin_popcount(kept);
-      _mm512_mask_storeu_epi64(out + found, static_cast<__mmask8>((1u << here) - 1),
-                               _mm512_maskz_compress_epi64(kept, v));
-      found += here;
+      v = _mm512_maskz_compress_epi64(static_cast<__mmask8>(kept), v);
     }
+    _mm512_storeu_si512(out + found, v);
+    found += __builtin_popcount(kept);
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const __m512i v = load_lanes(x + i);
+    step(v, keep(v, i));
+  }
+  if (i < n) {
+    T rest[W] = {};
+    std::memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
+    const __m512i v = load_lanes(rest);
+    step(v, keep(v, i) & ((1u << (n - i)) - 1));
   }
   return found;
 }
 #endif
 
 // The elements among [begin, begin + n) of the tensor that are within, n <= kBlock; n becomes their
-// number. In place where they are stored so, else through the buffer.
+// number. In place where they are stored so, else in the buffer, which has kRoom<T>.
 template <typename T>
 const T* load_block(const StatisticsTensor& t, int64_t begin, int64_t& n, T* buffer) {
   const T* x = buffer;

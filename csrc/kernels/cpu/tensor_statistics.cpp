@@ -139,7 +139,7 @@ ScaledSum signed_sum(const T* x, int64_t n, const Basic& found, double largest) 
 template <typename T>
 void chunk(const StatisticsTensor& tensor, int64_t begin, int64_t end, const double* p,
            int64_t n_powers, StatisticsPart& part, ScaledSum* powers) {
-  alignas(64) T buffer[kBlock];
+  alignas(64) T buffer[kRoom<T>];
   part = nothing_found();
   for (int64_t i = 0; i < n_powers; ++i) powers[i] = {0.0, 0.0, 0};
   for (int64_t at = begin; at < end; at += kBlock) {
