@@ -136,6 +136,24 @@ inline double sum_of(Doubles v) {
   return parts[0];
 }
 
+// c[0] + c[1] x + ..., by halves: a chain of products as long as the polynomial would leave the
+// processor waiting. powers: x, x^2, x^4, x^8.
+template <int N>
+inline Doubles polynomial_part(const double* c, const Doubles* powers) {
+  if constexpr (N == 1) {
+    return Doubles{} + c[0];
+  } else {
+    constexpr int kLevel = N > 8 ? 3 : N > 4 ? 2 : N > 2 ? 1 : 0, kHalf = 1 << kLevel;
+    return polynomial_part<N - kHalf>(c + kHalf, powers) * powers[kLevel] +
+           polynomial_part<kHalf>(c, powers);
+  }
+}
+template <int N>
+inline Doubles polynomial(Doubles x, const double (&c)[N]) {
+  const Doubles x2 = x * x, x4 = x2 * x2, powers[4] = {x, x2, x4, x4 * x4};
+  return polynomial_part<N>(c, powers);
+}
+
 // log2 of x > 0, apart: an integer, and log2 of a number in [sqrt(1/2), sqrt(2)). With
 // r = (m - 1) / (m + 1), log m = 2 (r + r^3/3 + r^5/5 + ...); |r| < 0.1716, so that what the ten
 // terms leave out is below 2^-55. Subnormal: whether x may be, in double.
@@ -155,16 +173,9 @@ inline void split_log2(Doubles x, Doubles& whole, Doubles& rest) {
   whole = (Doubles)(biased | uint64_t{0x4330000000000000}) - (0x1p52 + 1023.0) - lift;
   const Doubles r = (m - 1.0) / (m + 1.0), z = r * r;
   constexpr double k = 2.8853900817779268;  // 2 / ln 2
-  Doubles s = z * (k / 19) + k / 17;
-  s = s * z + k / 15;
-  s = s * z + k / 13;
-  s = s * z + k / 11;
-  s = s * z + k / 9;
-  s = s * z + k / 7;
-  s = s * z + k / 5;
-  s = s * z + k / 3;
-  s = s * z + k;
-  rest = s * r;
+  static constexpr double kTerms[10] = {k,      k / 3,  k / 5,  k / 7,  k / 9,
+                                        k / 11, k / 13, k / 15, k / 17, k / 19};
+  rest = r * polynomial(z, kTerms);
 }
 
 // 2^t for t < 1000; below 2^-1022 that. With f = t - round(t), 2^f is its Taylor series up to
@@ -174,22 +185,12 @@ inline Doubles power_of_two(Doubles t) {
   const Doubles shifted = t + 0x1.8p52;  // the integer ends up in the low bits
   const Doubles f = t - (shifted - 0x1.8p52);
   constexpr double l = 0.69314718055994531;
-  constexpr double c2 = l * l / 2, c3 = c2 * l / 3, c4 = c3 * l / 4, c5 = c4 * l / 5,
-                   c6 = c5 * l / 6, c7 = c6 * l / 7, c8 = c7 * l / 8, c9 = c8 * l / 9,
-                   c10 = c9 * l / 10, c11 = c10 * l / 11, c12 = c11 * l / 12, c13 = c12 * l / 13;
-  Doubles s = f * c13 + c12;
-  s = s * f + c11;
-  s = s * f + c10;
-  s = s * f + c9;
-  s = s * f + c8;
-  s = s * f + c7;
-  s = s * f + c6;
-  s = s * f + c5;
-  s = s * f + c4;
-  s = s * f + c3;
-  s = s * f + c2;
-  s = s * f + l;
-  s = s * f + 1.0;
+  constexpr double l2 = l * l / 2, l3 = l2 * l / 3, l4 = l3 * l / 4, l5 = l4 * l / 5,
+                   l6 = l5 * l / 6, l7 = l6 * l / 7, l8 = l7 * l / 8, l9 = l8 * l / 9,
+                   l10 = l9 * l / 10, l11 = l10 * l / 11, l12 = l11 * l / 12, l13 = l12 * l / 13;
+  static constexpr double kTerms[14] = {1,  l,  l2, l3,  l4,  l5,  l6,
+                                        l7, l8, l9, l10, l11, l12, l13};
+  const Doubles s = polynomial(f, kTerms);
   return (Doubles)((Words)s + ((Words)shifted << 52));
 }
 

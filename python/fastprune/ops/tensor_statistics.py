@@ -99,8 +99,8 @@ def tensor_statistics(
         TypeError: dtypes or argument types other than described.
 
     Accuracy, with u = 2^-53: everything is computed in float64 and nothing overflows on the way.
-    The sum is within 200 u sum(abs(w)) of the true one. A power sum is within a factor of
-    1 +- (200 + 3 p) u; norms and power means, 1 +- (8 + (200 + 3 p) / p) u. The exponents 1, 2, 1/2
+    The sum is within 1200 u sum(abs(w)) of the true one. A power sum is within a factor of
+    1 +- (1200 + 3 p) u; norms and power means, 1 +- (8 + (1200 + 3 p) / p) u. The exponents 1, 2, 1/2
     and integers up to 64 are products and square roots, others 2^(p log2(abs(w))) by series of our
     own. The Gini index is within 16 u of the true one: only its last sum rounds.
 
@@ -141,7 +141,7 @@ def pq_index(
     Raises:
         ValueError: p is not below q; else as :func:`tensor_statistics`.
 
-    Cost: one read. Accuracy: that of the power means; 1e-13 absolute for p from 1/8 on.
+    Cost: one read. Accuracy: that of the power means; 1e-12 absolute for p from 1/4 on.
     Paper: Diao et al. 2023, Definition 1.
     """
     op = "pq_index"
