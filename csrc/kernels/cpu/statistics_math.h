@@ -41,33 +41,87 @@ const T* convert(const void* from, int64_t begin, int64_t n, T* buffer) {
 }
 
 #if defined(__AVX512F__)
-inline __m512i load_lanes(const void* p) { return _mm512_loadu_si512(p); }
+using Lanes = __m512i;
+template <typename T>
+constexpr bool kCompresses = true;
+inline Lanes load_lanes(const void* p) { return _mm512_loadu_si512(p); }
+// The lanes of the bits that are set come first. In the register: compressing stores are several
+// times slower on some processors.
+template <typename T>
+inline Lanes pack_lanes(Lanes v, uint32_t kept) {
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept), v);
+  } else {
+    return _mm512_maskz_compress_epi64(static_cast<__mmask8>(kept), v);
+  }
+}
+inline void store_lanes(void* p, Lanes v) { _mm512_storeu_si512(p, v); }
+// Bit j: byte j is not 0.
+template <typename T>
+inline uint32_t bytes_set(const uint8_t* p, int64_t n) {
+  constexpr int W = kLanes<T>;
+  const __m128i bytes =
+      _mm_maskz_loadu_epi8(static_cast<__mmask16>(n < W ? (1u << n) - 1 : (1ull << W) - 1), p);
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+#elif defined(__AVX2__)
+using Lanes = __m256i;
+template <typename T>
+constexpr bool kCompresses = sizeof(T) == 4;
+inline Lanes load_lanes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+struct PackTable {
+  uint64_t lanes[256];  // of each mask, a byte for each lane that is kept
+  constexpr PackTable() : lanes() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int at = 0;
+      for (int j = 0; j < 8; ++j) {
+        if ((mask >> j & 1) != 0) lanes[mask] |= static_cast<uint64_t>(j) << (8 * at++);
+      }
+    }
+  }
+};
+constexpr PackTable kPack;
+template <typename T>
+inline Lanes pack_lanes(Lanes v, uint32_t kept) {
+  const __m128i order = _mm_cvtsi64_si128(static_cast<int64_t>(kPack.lanes[kept]));
+  return _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(order));
+}
+inline void store_lanes(void* p, Lanes v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+template <typename T>
+inline uint32_t bytes_set(const uint8_t* p, int64_t n) {
+  uint64_t bytes = 0;
+  std::memcpy(&bytes, p, n < 8 ? static_cast<size_t>(n) : 8);
+  const __m128i zeros = _mm_cmpeq_epi8(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)),
+                                       _mm_setzero_si128());
+  return ~static_cast<uint32_t>(_mm_movemask_epi8(zeros)) & 255;
+}
+#else
+template <typename T>
+constexpr bool kCompresses = false;
+#endif
 
+#if defined(__AVX2__)
 // Moves to out the x[i] for which keep(vector of x, i) has its bit set, and returns their number.
-// There is room for a vector more in both; out may be x.
+// There is room for a vector more in out, which may be x.
 template <typename T, typename Keep>
 int64_t compress(const T* x, int64_t n, T* out, Keep keep) {
   constexpr int W = kLanes<T>;
   int64_t found = 0;
-  const auto step = [&](__m512i v, uint32_t kept) {
-    // In the register: compressing stores are several times slower on some processors.
-    if constexpr (sizeof(T) == 4) {
-      v = _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept), v);
-    } else {
-      v = _mm512_maskz_compress_epi64(static_cast<__mmask8>(kept), v);
-    }
-    _mm512_storeu_si512(out + found, v);
+  const auto step = [&](Lanes v, uint32_t kept) {
+    store_lanes(out + found, pack_lanes<T>(v, kept));
     found += __builtin_popcount(kept);
   };
   int64_t i = 0;
   for (; i + W <= n; i += W) {
-    const __m512i v = load_lanes(x + i);
+    const Lanes v = load_lanes(x + i);
     step(v, keep(v, i));
   }
   if (i < n) {
     T rest[W] = {};
     std::memcpy(rest, x + i, static_cast<size_t>(n - i) * sizeof(T));
-    const __m512i v = load_lanes(rest);
+    const Lanes v = load_lanes(rest);
     step(v, keep(v, i) & ((1u << (n - i)) - 1));
   }
   return found;
@@ -98,22 +152,19 @@ const T* load_block(const StatisticsTensor& t, int64_t begin, int64_t& n, T* buf
   }
   if (t.within == nullptr) return x;
   const uint8_t* within = t.within + begin;
-#if defined(__AVX512F__)
-  n = compress(x, n, buffer, [&](__m512i, int64_t i) -> uint32_t {
-    constexpr int W = kLanes<T>;
-    const int64_t left = n - i;
-    const __mmask16 exist = static_cast<__mmask16>(left < W ? (1u << left) - 1 : (1ull << W) - 1);
-    const __m128i bytes = _mm_maskz_loadu_epi8(exist, within + i);
-    return _mm_test_epi8_mask(bytes, bytes);
-  });
-#else
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    buffer[kept] = x[i];
-    kept += within[i] != 0 ? 1 : 0;
-  }
-  n = kept;
+  if constexpr (kCompresses<T>) {
+#if defined(__AVX2__)
+    n = compress(x, n, buffer,
+                 [&](Lanes, int64_t i) { return bytes_set<T>(within + i, n - i); });
 #endif
+  } else {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      buffer[kept] = x[i];
+      kept += within[i] != 0 ? 1 : 0;
+    }
+    n = kept;
+  }
   return buffer;
 }
 
@@ -121,8 +172,12 @@ const T* load_block(const StatisticsTensor& t, int64_t begin, int64_t& n, T* buf
 
 inline Doubles load_doubles(const double* p) { return load(p); }
 inline Doubles load_doubles(const float* p) {
+#if defined(__AVX512F__)
+  return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(p));  // gcc converts halves of it apart
+#else
   typedef float Half __attribute__((vector_size(kVectorBytes / 2), aligned(1), may_alias));
   return __builtin_convertvector(*reinterpret_cast<const Half*>(p), Doubles);
+#endif
 }
 
 inline Doubles magnitude(Doubles x) { return (Doubles)((Words)x & (uint64_t{~uint64_t{0}} >> 1)); }

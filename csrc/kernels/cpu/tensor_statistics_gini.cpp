@@ -10,44 +10,66 @@ namespace {
 template <typename T>
 using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
+template <typename K>
+constexpr K kMagnitude = static_cast<K>(~std::make_unsigned_t<K>{0} >> 1);
+
+// The lanes whose magnitude is not 0 and in [lo, lo + span).
+#if defined(__AVX512F__)
+template <typename K>
+inline uint32_t in_range(__m512i v, K lo, K span) {
+  if constexpr (sizeof(K) == 4) {
+    const __m512i key = _mm512_and_si512(v, _mm512_set1_epi32(kMagnitude<int32_t>));
+    const __m512i offset = _mm512_sub_epi32(key, _mm512_set1_epi32(static_cast<int>(lo)));
+    return _mm512_mask_cmplt_epu32_mask(_mm512_test_epi32_mask(key, key), offset,
+                                        _mm512_set1_epi32(static_cast<int>(span)));
+  } else {
+    const __m512i key = _mm512_and_si512(v, _mm512_set1_epi64(kMagnitude<int64_t>));
+    const __m512i offset = _mm512_sub_epi64(key, _mm512_set1_epi64(static_cast<int64_t>(lo)));
+    return _mm512_mask_cmplt_epu64_mask(_mm512_test_epi64_mask(key, key), offset,
+                                        _mm512_set1_epi64(static_cast<int64_t>(span)));
+  }
+}
+#elif defined(__AVX2__)
+template <typename K>
+inline uint32_t in_range(__m256i v, K lo, K span) {
+  constexpr int32_t kFlip = INT32_MIN;  // signed order of flipped numbers is unsigned order
+  const __m256i key = _mm256_and_si256(v, _mm256_set1_epi32(INT32_MAX));
+  const __m256i offset = _mm256_sub_epi32(key, _mm256_set1_epi32(static_cast<int>(lo) ^ kFlip));
+  const __m256i inside =
+      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(span) ^ kFlip), offset);
+  const __m256i both =
+      _mm256_and_si256(inside, _mm256_cmpgt_epi32(key, _mm256_setzero_si256()));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(both)));
+}
+#endif
+
 // Calls f(offsets, n) with the keys, less range.lo, of the elements in the range. Zeros are in none: they
 // may be very many, and they are known.
 template <typename T, typename F>
 void for_each_in_range(const StatisticsTensor& tensor, int64_t begin, int64_t end,
                        const GiniRange& range, F f) {
   using K = Key<T>;
-  constexpr K kMagnitude = static_cast<K>(~K{0}) >> 1;
   alignas(64) T buffer[kRoom<T>];
   alignas(64) K keys[kRoom<T>];
   const K lo = static_cast<K>(range.lo), span = static_cast<K>(range.span);
   for (int64_t at = begin; at < end; at += kBlock) {
     int64_t n = end - at < kBlock ? end - at : kBlock, found = 0;
     const T* x = load_block(tensor, at, n, buffer);
-#if defined(__AVX512F__)
-    found = compress(x, n, reinterpret_cast<T*>(keys), [&](__m512i v, int64_t) -> uint32_t {
-      if constexpr (sizeof(T) == 4) {
-        const __m512i key = _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(kMagnitude)));
-        return _mm512_mask_cmplt_epu32_mask(
-            _mm512_test_epi32_mask(key, key), _mm512_sub_epi32(key, _mm512_set1_epi32(static_cast<int>(lo))),
-            _mm512_set1_epi32(static_cast<int>(span)));
-      } else {
-        const __m512i key =
-            _mm512_and_si512(v, _mm512_set1_epi64(static_cast<int64_t>(kMagnitude)));
-        return _mm512_mask_cmplt_epu64_mask(
-            _mm512_test_epi64_mask(key, key), _mm512_sub_epi64(key, _mm512_set1_epi64(static_cast<int64_t>(lo))),
-            _mm512_set1_epi64(static_cast<int64_t>(span)));
-      }
-    });
-    for (int64_t i = 0; i < found; ++i) keys[i] = (keys[i] & kMagnitude) - lo;
-#else
-    for (int64_t i = 0; i < n; ++i) {
-      K key;
-      std::memcpy(&key, x + i, sizeof(K));
-      key &= kMagnitude;
-      keys[found] = key - lo;
-      found += static_cast<K>(key - lo) < span && key != 0 ? 1 : 0;
-    }
+    if constexpr (kCompresses<T>) {
+#if defined(__AVX2__)
+      found = compress(x, n, reinterpret_cast<T*>(keys),
+                       [&](Lanes v, int64_t) { return in_range<K>(v, lo, span); });
 #endif
+      for (int64_t i = 0; i < found; ++i) keys[i] = (keys[i] & kMagnitude<K>) - lo;
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        K key;
+        std::memcpy(&key, x + i, sizeof(K));
+        key &= kMagnitude<K>;
+        keys[found] = key - lo;
+        found += static_cast<K>(key - lo) < span && key != 0 ? 1 : 0;
+      }
+    }
     f(keys, found);
   }
 }
