@@ -46,19 +46,26 @@ def torch_norms(w: Tensor, p: tuple[float, ...]) -> Callable[[], object]:
     )
 
 
+def power_sum(w: Tensor, p: float) -> Tensor:
+    """In float32, as it is mostly written, with the fastest op for each p."""
+    fast = {0.5: torch.sqrt, 1.0: lambda x: x, 2.0: lambda x: x.mul_(x)}
+    return fast.get(p, lambda x: x.pow_(p))(w.abs()).sum()
+
+
 def torch_powers(w: Tensor, p: tuple[float, ...]) -> Callable[[], object]:
-    """In float32, as it is mostly written: about six digits."""
-    return lambda: (w.sum(), w.min(), w.max(), w.count_nonzero(), *(w.abs().pow(x).sum() for x in p))
+    def run() -> object:
+        return w.sum(), w.min(), w.max(), w.count_nonzero(), [power_sum(w, x) for x in p]
+
+    return run
 
 
 def numpy_powers(w: np.ndarray, p: tuple[float, ...]) -> Callable[[], object]:
-    return lambda: (
-        w.sum(),
-        w.min(),
-        w.max(),
-        np.count_nonzero(w),
-        *((np.abs(w) ** np.float32(x)).sum() for x in p),
-    )
+    fast = {0.5: np.sqrt, 1.0: lambda x: x, 2.0: np.square}
+
+    def power(x: float) -> object:
+        return fast.get(x, lambda a: a ** np.float32(x))(np.abs(w)).sum()
+
+    return lambda: (w.sum(), w.min(), w.max(), np.count_nonzero(w), [power(x) for x in p])
 
 
 def against_others(n: int, min_time: float) -> None:
@@ -154,7 +161,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, numpy {np.__version__}, {isa}, {args.threads} thread(s)")
     against_others(args.n, args.min_time)
     cases(args.n, args.min_time)
-    network("resnet-50", args.min_time)
+    network("resnet50-imagenet", args.min_time)
 
 
 if __name__ == "__main__":

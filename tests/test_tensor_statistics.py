@@ -256,7 +256,8 @@ def test_gini_of_massed_values(dtype: torch.dtype, kind: str) -> None:
     x = masses()[kind].to(dtype)
     got = fp.gini_index([x, -x[:1000]])
     for value, data in zip(
-        [*got.layers.tolist(), got.total.item()], [x, x[:1000], torch.cat([x, x[:1000]])],
+        [*got.layers.tolist(), got.total.item()],
+        [x, x[:1000], torch.cat([x, x[:1000]])],
         strict=True,
     ):
         assert abs(np.longdouble(value) - exact_gini(wide(data))) <= 16 * U
@@ -506,7 +507,7 @@ def test_bad_calls(kind: type[Exception], message: str, arguments: dict[str, Any
     [(ValueError, 1.0, 1.0), (ValueError, 2.0, 1.0), (ValueError, 0.0, 1.0), (TypeError, "a", 1)],
 )
 def test_bad_pq(kind: type[Exception], p: Any, q: Any) -> None:
-    with pytest.raises(kind, match="^pq_index: p: expected"):
+    with pytest.raises(kind, match=r"^pq_index: p: expected"):
         fp.pq_index(X, p, q)
 
 

@@ -60,7 +60,8 @@ double root(double m, int64_t e, double p) {
   const double f = std::frexp(m, &shift);
   e += shift;
   if (p == 1.0) return scale_by(f, e);
-  if (p == 2.0) return scale_by(std::sqrt(e % 2 == 0 ? f : 2.0 * f), (e - (e % 2 == 0 ? 0 : 1)) / 2);
+  if (p == 2.0)
+    return scale_by(std::sqrt(e % 2 == 0 ? f : 2.0 * f), (e - (e % 2 == 0 ? 0 : 1)) / 2);
   const double log2 = std::log2(f), n = static_cast<double>(e);
   const double whole = std::rint((log2 + n) / p);
   // The root's own exponent first: what is left is small and loses no bits to it.
@@ -97,9 +98,10 @@ Tensor make(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> tensor_statistics_cpu(
-    const std::vector<Tensor>& tensors, const std::vector<Tensor>& within,
-    const std::vector<double>& p, bool gini) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> tensor_statistics_cpu(const std::vector<Tensor>& tensors,
+                                                                 const std::vector<Tensor>& within,
+                                                                 const std::vector<double>& p,
+                                                                 bool gini) {
   const StatisticsCall call = validate_tensor_statistics(tensors, within, p);
   check_cpu(tensors[0], kOp, "tensors[0]");
   const int64_t n = static_cast<int64_t>(call.tensors.size()), n_powers = p.size();

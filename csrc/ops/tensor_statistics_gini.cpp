@@ -46,8 +46,8 @@ class Gini {
     budget_ = std::min({budget_bytes / (wide_ ? 8 : 2), elements, int64_t{1} << 31});
     // A worker's counts are 32 bits, and its bins are a share of the memory too.
     constexpr int64_t kMost = int64_t{1} << 31, kWorthIt = int64_t{1} << 20;
-    workers_ = std::max(std::min(thread_count(), elements / kWorthIt + 1),
-                        (elements + kMost - 1) / kMost);
+    workers_ =
+        std::max(std::min(thread_count(), elements / kWorthIt + 1), (elements + kMost - 1) / kMost);
     workers_ = std::clamp<int64_t>(workers_, 1, std::max<int64_t>(1, chunks_.size()));
   }
 

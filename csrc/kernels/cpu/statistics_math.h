@@ -93,8 +93,8 @@ template <typename T>
 inline uint32_t bytes_set(const uint8_t* p, int64_t n) {
   uint64_t bytes = 0;
   std::memcpy(&bytes, p, n < 8 ? static_cast<size_t>(n) : 8);
-  const __m128i zeros = _mm_cmpeq_epi8(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)),
-                                       _mm_setzero_si128());
+  const __m128i zeros =
+      _mm_cmpeq_epi8(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)), _mm_setzero_si128());
   return ~static_cast<uint32_t>(_mm_movemask_epi8(zeros)) & 255;
 }
 #else
@@ -154,8 +154,7 @@ const T* load_block(const StatisticsTensor& t, int64_t begin, int64_t& n, T* buf
   const uint8_t* within = t.within + begin;
   if constexpr (kCompresses<T>) {
 #if defined(__AVX2__)
-    n = compress(x, n, buffer,
-                 [&](Lanes, int64_t i) { return bytes_set<T>(within + i, n - i); });
+    n = compress(x, n, buffer, [&](Lanes, int64_t i) { return bytes_set<T>(within + i, n - i); });
 #endif
   } else {
     int64_t kept = 0;
@@ -243,8 +242,7 @@ inline Doubles power_of_two(Doubles t) {
   constexpr double l2 = l * l / 2, l3 = l2 * l / 3, l4 = l3 * l / 4, l5 = l4 * l / 5,
                    l6 = l5 * l / 6, l7 = l6 * l / 7, l8 = l7 * l / 8, l9 = l8 * l / 9,
                    l10 = l9 * l / 10, l11 = l10 * l / 11, l12 = l11 * l / 12, l13 = l12 * l / 13;
-  static constexpr double kTerms[14] = {1,  l,  l2, l3,  l4,  l5,  l6,
-                                        l7, l8, l9, l10, l11, l12, l13};
+  static constexpr double kTerms[14] = {1, l, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13};
   const Doubles s = polynomial(f, kTerms);
   return (Doubles)((Words)s + ((Words)shifted << 52));
 }

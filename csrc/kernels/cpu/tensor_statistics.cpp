@@ -68,8 +68,12 @@ Basic basic(const T* x, int64_t n) {
   store(lows, low);
   store(highs, high);
   store(counts, nonzero);
-  Basic found{sum_of(sum[0] + sum[1]), sum_of(magnitudes[0] + magnitudes[1]),
-              sum_of(squares[0] + squares[1]), lows[0], highs[0], 0};
+  Basic found{sum_of(sum[0] + sum[1]),
+              sum_of(magnitudes[0] + magnitudes[1]),
+              sum_of(squares[0] + squares[1]),
+              lows[0],
+              highs[0],
+              0};
   for (int j = 0; j < W; ++j) {
     found.min = lows[j] < found.min ? lows[j] : found.min;
     found.max = highs[j] > found.max ? highs[j] : found.max;
@@ -89,9 +93,8 @@ ScaledSum general_power(const T* x, int64_t n, double p, double largest) {
   Doubles whole, rest;
   split_log2<kSubnormal>(broadcast(largest), whole, rest);
   const double scale_whole = whole[0], scale_rest = rest[0];
-  const double sum = sum_terms(x, n, [&](Doubles m) {
-    return scaled_power<kSubnormal>(m, p, scale_whole, scale_rest);
-  });
+  const double sum = sum_terms(
+      x, n, [&](Doubles m) { return scaled_power<kSubnormal>(m, p, scale_whole, scale_rest); });
   // sum * 2^(p * scale): the products' errors are kept, the whole part goes to the exponent.
   const double a = p * scale_whole, a_error = __builtin_fma(p, scale_whole, -a);
   const double b = p * scale_rest, b_error = __builtin_fma(p, scale_rest, -b);
@@ -152,8 +155,8 @@ void chunk(const StatisticsTensor& tensor, int64_t begin, int64_t end, const dou
       return;
     }
     const double largest = found.max > -found.min ? found.max : -found.min;
-    accumulate(part, {n, found.nonzero, found.min, found.max, false,
-                      signed_sum(x, n, found, largest)});
+    accumulate(part,
+               {n, found.nonzero, found.min, found.max, false, signed_sum(x, n, found, largest)});
     if (largest == 0.0) continue;
     for (int64_t i = 0; i < n_powers; ++i) {
       accumulate(powers[i], power(x, n, p[i], found, largest));

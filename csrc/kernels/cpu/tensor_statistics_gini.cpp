@@ -37,14 +37,13 @@ inline uint32_t in_range(__m256i v, K lo, K span) {
   const __m256i offset = _mm256_sub_epi32(key, _mm256_set1_epi32(static_cast<int>(lo) ^ kFlip));
   const __m256i inside =
       _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(span) ^ kFlip), offset);
-  const __m256i both =
-      _mm256_and_si256(inside, _mm256_cmpgt_epi32(key, _mm256_setzero_si256()));
+  const __m256i both = _mm256_and_si256(inside, _mm256_cmpgt_epi32(key, _mm256_setzero_si256()));
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(both)));
 }
 #endif
 
-// Calls f(offsets, n) with the keys, less range.lo, of the elements in the range. Zeros are in none: they
-// may be very many, and they are known.
+// Calls f(offsets, n) with the keys, less range.lo, of the elements in the range. Zeros are in
+// none: they may be very many, and they are known.
 template <typename T, typename F>
 void for_each_in_range(const StatisticsTensor& tensor, int64_t begin, int64_t end,
                        const GiniRange& range, F f) {
@@ -60,7 +59,7 @@ void for_each_in_range(const StatisticsTensor& tensor, int64_t begin, int64_t en
       found = compress(x, n, reinterpret_cast<T*>(keys),
                        [&](Lanes v, int64_t) { return in_range<K>(v, lo, span); });
 #endif
-      for (int64_t i = 0; i < found; ++i) keys[i] = (keys[i] & kMagnitude<K>) - lo;
+      for (int64_t i = 0; i < found; ++i) keys[i] = (keys[i] & kMagnitude<K>)-lo;
     } else {
       for (int64_t i = 0; i < n; ++i) {
         K key;
