@@ -247,16 +247,6 @@ inline Doubles power_of_two(Doubles t) {
   return (Doubles)((Words)s + ((Words)shifted << 52));
 }
 
-// (x / 2^scale)^p for x >= 0, 0 where x is 0; scale = scale_whole + scale_rest, as split_log2 has
-// it for some x that is nowhere exceeded.
-template <bool Subnormal>
-inline Doubles scaled_power(Doubles x, double p, double scale_whole, double scale_rest) {
-  Doubles whole, rest;
-  split_log2<Subnormal>(x, whole, rest);
-  const Doubles y = power_of_two(((whole - scale_whole) + (rest - scale_rest)) * p);
-  return x > 0.0 ? y : Doubles{};
-}
-
 inline Doubles square_root(Doubles x) {
 #if defined(__AVX512F__)
   // From a 14-bit estimate y of 1 / sqrt(x) and e = 1 - x y^2: sqrt(x) = x y (1 - e)^(-1/2), whose

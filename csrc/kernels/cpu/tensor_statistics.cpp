@@ -86,18 +86,47 @@ Basic basic(const T* x, int64_t n) {
   return found;
 }
 
-// The sum of |x|^p over a block, in units that put its largest term near 1.
+// log2(|x| / largest) of a block's elements; largest as split_log2 has it.
+struct RelativeLogs {
+  bool made;
+  double whole, rest;
+  alignas(64) double values[kBlock];  // then some for zeros, up to a multiple of 2 kWide
+};
+
 template <typename T>
-ScaledSum general_power(const T* x, int64_t n, double p, double largest) {
+void make_logs(const T* x, int64_t n, double largest, RelativeLogs& logs) {
   constexpr bool kSubnormal = sizeof(T) == 8;
+  constexpr double kOfZero = -1e300;  // its powers are 2^-1022, which no sum notices
   Doubles whole, rest;
   split_log2<kSubnormal>(broadcast(largest), whole, rest);
-  const double scale_whole = whole[0], scale_rest = rest[0];
-  const double sum = sum_terms(
-      x, n, [&](Doubles m) { return scaled_power<kSubnormal>(m, p, scale_whole, scale_rest); });
-  // sum * 2^(p * scale): the products' errors are kept, the whole part goes to the exponent.
-  const double a = p * scale_whole, a_error = __builtin_fma(p, scale_whole, -a);
-  const double b = p * scale_rest, b_error = __builtin_fma(p, scale_rest, -b);
+  logs.whole = whole[0], logs.rest = rest[0], logs.made = true;
+  const auto put = [&](const T* p, double* out) {
+    const Doubles m = magnitude(load_doubles(p));
+    split_log2<kSubnormal>(m, whole, rest);
+    const Doubles log = (whole - logs.whole) + (rest - logs.rest);
+    store(out, m > 0.0 ? log : Doubles{} + kOfZero);
+  };
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) put(x + i, logs.values + i);
+  for (; i < n || i % (2 * kWide) != 0; i += kWide) {
+    T end[kWide] = {};
+    if (i < n) std::memcpy(end, x + i, static_cast<size_t>(n - i) * sizeof(T));
+    put(end, logs.values + i);
+  }
+}
+
+// The sum of |x|^p over a block, in units that put its largest term near 1.
+ScaledSum general_power(const RelativeLogs& logs, int64_t n, double p) {
+  Doubles one{}, other{};
+  for (int64_t i = 0; i < n; i += 2 * kWide) {
+    one += power_of_two(load(logs.values + i) * p);
+    other += power_of_two(load(logs.values + i + kWide) * p);
+  }
+  const double sum = sum_of(one + other);
+  // sum * 2^(p * log2 of the largest): the products' errors are kept, whole parts go to the
+  // exponent.
+  const double a = p * logs.whole, a_error = __builtin_fma(p, logs.whole, -a);
+  const double b = p * logs.rest, b_error = __builtin_fma(p, logs.rest, -b);
   const double whole_a = __builtin_rint(a), whole_b = __builtin_rint(b);
   const double fraction = (a - whole_a) + (b - whole_b) + (a_error + b_error);
   return {sum * power_of_two(broadcast(fraction))[0], 0.0,
@@ -105,7 +134,8 @@ ScaledSum general_power(const T* x, int64_t n, double p, double largest) {
 }
 
 template <typename T>
-ScaledSum power(const T* x, int64_t n, double p, const Basic& found, double largest) {
+ScaledSum power(const T* x, int64_t n, double p, const Basic& found, double largest,
+                RelativeLogs& logs) {
   if (!__builtin_isfinite(largest)) return {largest, 0.0, 0};
   const double bits = static_cast<double>(exponent_of(largest));
   const bool safe = (bits < 0 ? -bits : bits) * p <= kSafe;
@@ -119,7 +149,8 @@ ScaledSum power(const T* x, int64_t n, double p, const Basic& found, double larg
     const int factors = static_cast<int>(p);
     return {sum_terms(x, n, [=](Doubles m) { return integer_power(m, factors); }), 0.0, 0};
   }
-  return general_power(x, n, p, largest);
+  if (!logs.made) make_logs(x, n, largest, logs);
+  return general_power(logs, n, p);
 }
 
 template <typename T>
@@ -143,6 +174,7 @@ template <typename T>
 void chunk(const StatisticsTensor& tensor, int64_t begin, int64_t end, const double* p,
            int64_t n_powers, StatisticsPart& part, ScaledSum* powers) {
   alignas(64) T buffer[kRoom<T>];
+  RelativeLogs logs;
   part = nothing_found();
   for (int64_t i = 0; i < n_powers; ++i) powers[i] = {0.0, 0.0, 0};
   for (int64_t at = begin; at < end; at += kBlock) {
@@ -158,8 +190,9 @@ void chunk(const StatisticsTensor& tensor, int64_t begin, int64_t end, const dou
     accumulate(part,
                {n, found.nonzero, found.min, found.max, false, signed_sum(x, n, found, largest)});
     if (largest == 0.0) continue;
+    logs.made = false;
     for (int64_t i = 0; i < n_powers; ++i) {
-      accumulate(powers[i], power(x, n, p[i], found, largest));
+      accumulate(powers[i], power(x, n, p[i], found, largest, logs));
     }
   }
 }
