@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastprune import reference
+from fastprune.distributed.call import over_ranks
+from fastprune.distributed.layout import is_sharded
 from fastprune.reference.global_topk_mask import fuse_score, rows_of
 
 Scope = Literal["global", "layer", "neuron", "filter"]
@@ -49,6 +51,8 @@ def global_topk_mask(
     other: Sequence[Tensor] | None = None,
     within: Sequence[Tensor] | None = None,
     names: Sequence[str] | None = None,
+    group: Any = None,
+    ranks: Literal["distinct", "replicated"] = "distinct",
 ) -> list[Tensor]:
     r"""Mark the best-scoring weights of a whole network, exactly as many as asked for.
 
@@ -79,6 +83,18 @@ def global_topk_mask(
             so masks only lose entries. With scope ``filter`` the candidates are the rows with any
             True element; a row is ranked by all its scores, and keeps its True elements.
         names: one name per tensor, for error messages.
+        group: a ``torch.distributed`` process group whose ranks select together, each of them in
+            this call with the same arguments but for the tensors. DTensors need none: their mesh
+            and placements (Shard and Replicate, uneven or empty shards too) say what is where, the
+            masks are DTensors placed alike, and ties go by the index in the whole tensors. A rank
+            whose part fails raises its error, all others a RuntimeError that names it; a rank that
+            dies or stays away is a RuntimeError after the group's timeout. No rank then has masks.
+        ranks: what the ranks of ``group`` hold. ``distinct``: each its own tensors, as many as it
+            likes; the masks are those of all lists one after the other, rank 0's first (scopes
+            ``layer`` and ``neuron`` concern the rank's own tensors). ``replicated``: all the same
+            tensors, as under DDP: ``other``, or ``scores`` where there is one factor, is averaged
+            if it differs, and all ranks return the same masks. With ``magnitude`` nothing is
+            averaged: weights that differ are an error.
     Returns:
         L contiguous bool tensors, shaped and placed like ``scores``.
     Raises:
@@ -97,6 +113,9 @@ def global_topk_mask(
     Papers: de Jorge et al. 2021, Algorithm 1, line 8; the scopes global, layer and neuron as in
     Diao et al. 2023, Section 4; filters ranked across layers as in Lin et al. 2020.
     """
+    if group is not None or ranks != "distinct" or is_sharded(scores):
+        more = {"other": other, "within": within, "names": names, "group": group, "ranks": ranks}
+        return over_ranks(scores, density, k=k, scope=scope, score=score, **more)
     values = _tensors(scores, "scores", None)
     if not values:
         raise ValueError(f"{_OP}: scores: expected at least one tensor, got none")
