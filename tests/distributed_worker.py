@@ -176,6 +176,36 @@ def fully_sharded(rank: int, size: int) -> None:
             same([m.full_tensor() for m in got], right, (shape, score))
 
 
+def tensor_parallel(rank: int, size: int) -> None:
+    """FSDP2 over tensor parallelism: both cut dimension 0, or one each."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    if size != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    for wide in (12, 10, 6):  # 10 and 6: uneven pieces of even ones
+        torch.manual_seed(wide)
+        model = nn.Sequential(nn.Linear(7, wide), nn.Linear(wide, 8))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randint(-3, 4, (wide, 7)))  # ties across the cuts
+        plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        fully_shard(model, mesh=mesh["dp"])
+        weights = [model[0].weight, model[1].weight]
+        assert weights[0].device_mesh.ndim == 2
+        full = [p.full_tensor() for p in weights]
+        for density in (0.1, 0.3, 0.5, 0.8):
+            got = fp.global_topk_mask(weights, density, score="magnitude")
+            right = fp.global_topk_mask(full, density, score="magnitude")
+            same([m.full_tensor() for m in got], right, (wide, density, weights[0].placements))
+
+
 def replicated(rank: int, size: int) -> None:
     world = dist.group.WORLD
     for seed in range(20):
@@ -324,8 +354,9 @@ def subgroup(rank: int, size: int) -> None:
         error = error_of(lambda: fp.global_topk_mask([torch.ones(3)], k=2, group=group))
         assert "this rank is not in it" in str(error), error
         return
-    got = fp.global_topk_mask([torch.ones(3)], k=4, group=group)
-    kept = min(max(4 - 3 * (rank - 1), 0), 3)
+    k = min(4, 3 * (size - 1))
+    got = fp.global_topk_mask([torch.ones(3)], k=k, group=group)
+    kept = min(max(k - 3 * (rank - 1), 0), 3)
     assert got[0].tolist() == [i < kept for i in range(3)]
 
 
@@ -333,7 +364,7 @@ def run_cases() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     rank, size = dist.get_rank(), dist.get_world_size()
-    for part in (distinct, sharded, fully_sharded, replicated, errors, subgroup):
+    for part in (distinct, sharded, fully_sharded, tensor_parallel, replicated, errors, subgroup):
         began = time.perf_counter()
         part(rank, size)
         dist.barrier()
