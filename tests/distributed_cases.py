@@ -82,9 +82,7 @@ def case_of(
     if scope == "layer":
         units = [int(a.sum()) for a in allowed]
     elif scope == "neuron":
-        units = [
-            int(a.reshape(a.shape[0], -1).sum(1).min()) if a.numel() else 0 for a in allowed
-        ]
+        units = [int(a.reshape(a.shape[0], -1).sum(1).min()) if a.numel() else 0 for a in allowed]
     elif scope == "filter":
         rows = [a.flatten(1).any(1) if a.dim() > 1 else a for a in allowed]
         whole = [r.numel() if within is None else int(r.sum()) for r in rows]

@@ -59,9 +59,7 @@ def distinct(rank: int, size: int) -> None:
         own = [place for place, i in enumerate(mine) if owner[i] == rank]
         right = mixed.expected()
 
-        def part(
-            tensors: list[Tensor] | None, own: list[int] = own
-        ) -> list[Tensor] | None:
+        def part(tensors: list[Tensor] | None, own: list[int] = own) -> list[Tensor] | None:
             return tensors and [tensors[i] for i in own]
 
         with record_traffic() as traffic:
@@ -214,13 +212,17 @@ def replicated(rank: int, size: int) -> None:
             right = case.expected()
         elif case.other is None:
             # Integers differ by rank: their mean is exact where size is a power of two.
-            case.values = [filled(v.shape, "integers", v.dtype, torch.Generator().manual_seed(i))
-                           for i, v in enumerate(case.values)]  # fmt: skip
+            case.values = [
+                filled(v.shape, "integers", v.dtype, torch.Generator().manual_seed(i))
+                for i, v in enumerate(case.values)
+            ]
             steps = [torch.full_like(v, 1.0) for v in case.values]
             total = sum(range(size)) / size
             own = [v + rank * s for v, s in zip(case.values, steps, strict=True)]
             case.values = [
-                (v.double() + total).to(torch.float64 if v.dtype == torch.float64 else torch.float32)
+                (v.double() + total).to(
+                    torch.float64 if v.dtype == torch.float64 else torch.float32
+                )
                 for v in case.values
             ]
             right = case.expected()
@@ -239,8 +241,10 @@ def replicated(rank: int, size: int) -> None:
         if exact:
             same(got, right, case)
     w = torch.arange(1.0, 41.0).view(5, 8)
-    g = [torch.randint(-8, 9, w.shape, generator=torch.Generator().manual_seed(r)).float()
-         for r in range(size)]  # fmt: skip
+    g = [
+        torch.randint(-8, 9, w.shape, generator=torch.Generator().manual_seed(r)).float()
+        for r in range(size)
+    ]
     mean = sum(g[1:], g[0].clone()) / size
     with record_traffic() as traffic:
         got = fp.global_topk_mask(
@@ -290,10 +294,8 @@ def errors(rank: int, size: int) -> None:
     expect({"k": 2.5}, (TypeError, "k: expected an int"))
     expect({"k": True}, (TypeError, "k: expected an int"))
     expect({"other": [nan]}, (ValueError, "other: score 'identity' does not use it"))
-    error = error_of(
-        lambda: fp.global_topk_mask([nan] if rank == bad else good["scores"], 0.5, group=world,
-                                    names=["w"])  # fmt: skip
-    )
+    scores = [nan] if rank == bad else good["scores"]
+    error = error_of(lambda: fp.global_topk_mask(scores, 0.5, group=world, names=["w"]))
     own = "scores[0] (w): a candidate's score is NaN"
     assert (own if rank == bad else f"rank {bad} failed") in str(error), error
     assert isinstance(error, ValueError if rank == bad else RuntimeError)

@@ -29,6 +29,12 @@ WORKER = str(HERE / "distributed_worker.py")
 MOST_BYTES = 300_000
 
 
+@pytest.fixture(autouse=True)
+def _two_threads_at_most(threads: None) -> None:
+    """Ranks that are threads already fill the processor; cuts are tested apart."""
+    torch.set_num_threads(1)
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
 
@@ -166,12 +172,12 @@ def test_samples_that_mislead_and_candidates_that_crowd(monkeypatch: pytest.Monk
         (one + 5, one + 5, one, one - 1),
     ):
         for k in (10, 2000, 15_000, 40_000, 150_000):
-            pieces = y.split([150_000, 50_000])
-            got = torch.cat(
-                together(
-                    2, lambda r, k=k: fp.global_topk_mask([pieces[r.rank]], k=k, group=r)[0]
-                )
-            )
+            halves = y.split([150_000, 50_000])
+
+            def part(rank: ThreadRank, halves: Any = halves, k: int = k) -> Tensor:
+                return fp.global_topk_mask([halves[rank.rank]], k=k, group=rank)[0]
+
+            got = torch.cat(together(2, part))
             assert torch.equal(got, fp.global_topk_mask([y], k=k)[0]), (wrong_bounds, k)
 
 
@@ -234,6 +240,19 @@ def test_the_local_passes_against_plain_torch(isa: str) -> None:
                     assert torch.equal(x, y), (case, members)
 
 
+def test_same_bits_for_any_number_of_threads() -> None:
+    x = torch.randint(-40, 40, (3, 90_000), generator=torch.Generator().manual_seed(1)).float()
+    right = fp.global_topk_mask([*x], k=70_001, score="magnitude")
+    for n in (1, 2, 3, 7):
+
+        def work(rank: ThreadRank, n: int = n) -> list[Tensor]:
+            torch.set_num_threads(n)
+            return fp.global_topk_mask([x[rank.rank]], k=70_001, score="magnitude", group=rank)
+
+        got = [mask for masks in together(3, work) for mask in masks]
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True)), n
+
+
 def test_bins_hold_the_whole_range_of_keys() -> None:
     keys = torch.tensor([-(2**63) + 1, -5, -1, 0, 1, 2**62, 2**63 - 2])
     lo, hi = -(2**63) + 1, 2**63 - 1
@@ -242,6 +261,7 @@ def test_bins_hold_the_whole_range_of_keys() -> None:
     for key in keys.tolist():
         right[(key - lo) >> shift] += 1
     assert torch.equal(selection.bins_of(keys, lo, hi), right)
+    assert torch.equal(selection.bins_by_torch(keys, lo, hi), right)
 
 
 def test_one_rank_fails_and_all_raise() -> None:
@@ -257,9 +277,7 @@ def test_one_rank_fails_and_all_raise() -> None:
     NativePart.filter = broken  # type: ignore[method-assign]
     try:
         pieces = x.split([20_000, 19_999, 20_001])
-        results = on_threads(
-            3, lambda r: fp.global_topk_mask([pieces[r.rank]], 0.5, group=r)
-        )
+        results = on_threads(3, lambda r: fp.global_topk_mask([pieces[r.rank]], 0.5, group=r))
     finally:
         NativePart.filter = real  # type: ignore[method-assign]
     assert isinstance(results[1], MemoryError)

@@ -219,6 +219,8 @@ Tensor histogram_cpu(const std::vector<Tensor>& values, const std::vector<Tensor
                      const std::vector<Tensor>& within, int64_t score, bool wide, int64_t lo,
                      int64_t hi) {
   const Pieces p = pieces_of(values, other, within, {}, score, wide);
+  STD_TORCH_CHECK(lo <= hi && lo >= topk_lowest_key(wide) && hi <= topk_highest_key(wide), kOp,
+                  ": lo, hi: expected a range of keys, got ", lo, " to ", hi);
   const std::vector<TopkChunk> chunks = p.chunks();
   Tensor result = empty_cpu({kTopkBins}, ScalarType::Long);
   int64_t* bins = data_of<int64_t>(result);
@@ -230,6 +232,32 @@ Tensor histogram_cpu(const std::vector<Tensor>& values, const std::vector<Tensor
     const std::lock_guard<std::mutex> lock(mutex);
     for (int64_t b = 0; b < kTopkBins; ++b) bins[b] += part[b];
   });
+  return result;
+}
+
+template <typename K, typename U>
+void add_bins(const Tensor& keys, int64_t lo, int64_t hi, int64_t* bins) {
+  const K* key = static_cast<const K*>(keys.const_data_ptr());
+  const int64_t n = keys.numel();
+  const U first = static_cast<U>(lo), range = static_cast<U>(hi) - first;
+  const int shift = topk_shift(lo, hi);
+  for (int64_t i = 0; i < n; ++i) {
+    const U offset = static_cast<U>(key[i]) - first;
+    if (offset <= range) ++bins[offset >> shift];
+  }
+}
+
+// The same of keys in memory.
+Tensor bins_cpu(const Tensor& keys, int64_t lo, int64_t hi) {
+  contiguous_data(keys, "keys");
+  const bool wide = keys.scalar_type() == ScalarType::Long;
+  if (!wide) check_dtype(keys, ScalarType::Int, kOp, "keys");
+  STD_TORCH_CHECK(lo <= hi && lo >= topk_lowest_key(wide) && hi <= topk_highest_key(wide), kOp,
+                  ": lo, hi: expected a range of keys, got ", lo, " to ", hi);
+  Tensor result = empty_cpu({kTopkBins}, ScalarType::Long);
+  std::fill_n(data_of<int64_t>(result), kTopkBins, 0);
+  wide ? add_bins<int64_t, uint64_t>(keys, lo, hi, data_of<int64_t>(result))
+       : add_bins<int32_t, uint32_t>(keys, lo, hi, data_of<int64_t>(result));
   return result;
 }
 
@@ -428,6 +456,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
       "topk_shard_tie_bins(Tensor[] values, Tensor[] other, Tensor[] within, int score, bool wide, "
       "Tensor(a!)[] masks, Tensor chunks, bool of_top, int key, Tensor boxes, int lo, int shift) "
       "-> Tensor");
+  m.def("topk_shard_bins(Tensor keys, int lo, int hi) -> Tensor");
   m.def("topk_shard_norms(Tensor values, Tensor[] other, int score, int rows) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
@@ -437,5 +466,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
   m.impl("topk_shard_accept", TORCH_BOX(&fastprune::accept_cpu));
   m.impl("topk_shard_settle", TORCH_BOX(&fastprune::settle_cpu));
   m.impl("topk_shard_tie_bins", TORCH_BOX(&fastprune::tie_bins_cpu));
+  m.impl("topk_shard_bins", TORCH_BOX(&fastprune::bins_cpu));
   m.impl("topk_shard_norms", TORCH_BOX(&fastprune::norms_cpu));
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -255,7 +256,7 @@ def _kept(density: float | None, k: Any, units: Sequence[int], scope: str) -> li
             raise TypeError(
                 f"{_OP}: {name}: expected an int with scope {scope!r}, got {type(count).__name__}"
             )
-        if not 0 <= count <= n:
+        if not 0 <= int(count) <= n:
             raise ValueError(f"{_OP}: {name}: expected 0 to {n}, got {count}")
     return [int(count) for count in given]
 
@@ -309,9 +310,7 @@ def _selected(
     return inputs.masks
 
 
-def _elements(
-    link: Link, call: _Call, density: float | None, k: Any, scope: str
-) -> list[Tensor]:
+def _elements(link: Link, call: _Call, density: float | None, k: Any, scope: str) -> list[Tensor]:
     n = len(call.inputs.values)
     labels = call.inputs.labels
     units = [list(range(n))] if scope == "global" else [[i] for i in range(n)]
@@ -353,9 +352,7 @@ def _filters(link: Link, call: _Call, density: float | None, k: Any) -> list[Ten
     return masks
 
 
-def _apart(
-    link: Link, call: _Call, density: float | None, k: Any, scope: str
-) -> list[Tensor]:
+def _apart(link: Link, call: _Call, density: float | None, k: Any, scope: str) -> list[Tensor]:
     """Scopes whose units lie whole on a rank: nothing to add up."""
     masks: list[Tensor] = []
     link.vote(lambda: masks.extend(_local(call, density, k, scope)))
@@ -380,9 +377,7 @@ def _local(call: _Call, density: float | None, k: Any, scope: str) -> list[Tenso
     )
 
 
-def _replicated(
-    link: Link, call: _Call, density: float | None, k: Any, scope: str
-) -> list[Tensor]:
+def _replicated(link: Link, call: _Call, density: float | None, k: Any, scope: str) -> list[Tensor]:
     """The same parameters on every rank: the mean of what differs, then everyone for itself."""
     p = call.inputs
     n = len(p.values)
@@ -421,15 +416,17 @@ def _average(link: Link, tensors: list[Tensor], places: Sequence[int]) -> None:
                 count += 1
             batch, mine = mine[:count], mine[count:]
             flat: list[Tensor] = []
-            link.vote(
-                lambda flat=flat, batch=batch, kind=kind: flat.append(
-                    torch.cat([tensors[i].flatten().to(kind) for i in batch])
-                )
-            )
+            link.vote(partial(_flatten, tensors, batch, kind, flat))
             link.mean_(flat[0])
             sizes = [tensors[i].numel() for i in batch]
             for i, mean in zip(batch, flat[0].split(sizes), strict=True):
                 tensors[i] = mean.view(tensors[i].shape)
+
+
+def _flatten(
+    tensors: list[Tensor], places: Sequence[int], kind: torch.dtype, flat: list[Tensor]
+) -> None:
+    flat.append(torch.cat([tensors[i].flatten().to(kind) for i in places]))
 
 
 def _compare_copies(link: Link, call: _Call, masks: list[Tensor], mesh: Any) -> None:
@@ -441,9 +438,7 @@ def _compare_copies(link: Link, call: _Call, masks: list[Tensor], mesh: Any) -> 
     for d in dims:
         ranks = ProcessGroups([mesh.get_group(d)], mesh.get_local_rank(d), mesh.size(d))
         copies = [m for m, s in zip(masks, call.shards, strict=True) if d in s.copied]
-        alike &= Link(ranks).same(
-            1, lambda copies=copies: torch.tensor([digest_of_all(copies)])
-        )[0]
+        alike &= Link(ranks).same(1, partial(_seal, copies))[0]
 
     def check() -> None:
         if not alike:
@@ -453,6 +448,10 @@ def _compare_copies(link: Link, call: _Call, masks: list[Tensor], mesh: Any) -> 
             )
 
     link.vote(check)
+
+
+def _seal(masks: list[Tensor]) -> Tensor:
+    return torch.tensor([digest_of_all(masks)])
 
 
 def _wrapped(call: _Call, masks: list[Tensor]) -> list[Tensor]:

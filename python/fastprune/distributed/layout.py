@@ -52,9 +52,11 @@ def mesh_ranks(mesh: DeviceMesh) -> ProcessGroups:
 
 def local_of(t: DTensor) -> Tensor:
     """The shard of this rank, with what it waits for done."""
-    local: Tensor = t.detach().to_local()
+    detached: DTensor = t.detach()  # type: ignore[assignment]
+    local = detached.to_local()
     wait = getattr(local, "wait", None)  # an AsyncCollectiveTensor
-    return wait() if callable(wait) else local
+    ready: Tensor = wait() if callable(wait) else local
+    return ready
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def shard_of(t: Any, mesh: DeviceMesh, argument: str, like: DTensor | None = Non
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "checked by mesh_ranks()"
     plain, late, copied = [], [], []
-    for m, p in enumerate(t.placements):
+    placements: tuple[Any, ...] = tuple(t.placements)
+    for m, p in enumerate(placements):
         if isinstance(p, Replicate):
             if mesh.size(m) > 1:
                 copied.append(m)
@@ -111,7 +114,7 @@ def shard_of(t: Any, mesh: DeviceMesh, argument: str, like: DTensor | None = Non
             inner = [
                 mesh.size(r)
                 for r in range(m + 1, mesh.ndim)
-                if getattr(t.placements[r], "dim", None) == p.dim
+                if getattr(placements[r], "dim", None) == p.dim
             ]
             split = 1
             for size in inner:
@@ -125,7 +128,7 @@ def shard_of(t: Any, mesh: DeviceMesh, argument: str, like: DTensor | None = Non
             raise _not_understood(argument, t)
     offset, shape = [0] * t.dim(), list(t.shape)
     for m in plain + late[::-1]:
-        d = t.placements[m].dim
+        d = placements[m].dim
         piece = -(-shape[d] // mesh.size(m))
         begin = min(coordinate[m] * piece, shape[d])
         offset[d] += begin
@@ -136,7 +139,7 @@ def shard_of(t: Any, mesh: DeviceMesh, argument: str, like: DTensor | None = Non
             f"{_OP}: {argument}: expected a shard of shape {tuple(shape)} of {tuple(t.shape)} with "
             f"placements {t.placements}, got {tuple(local.shape)}"
         )
-    cut = {t.placements[m].dim for m in plain + late if mesh.size(m) > 1}
+    cut = {placements[m].dim for m in plain + late if mesh.size(m) > 1}
     return Shard(
         tuple(offset),
         tuple(shape),

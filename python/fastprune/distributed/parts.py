@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastprune.distributed.selection import BINS, Part, bins_of
+from fastprune.distributed.selection import BINS, Part, bins_by_torch, bins_of
 from fastprune.reference.global_topk_mask import fuse_score
 from fastprune.reference.topk_shards import keys_of
 
@@ -135,7 +135,8 @@ class NativePart:
         self._tied: tuple[int, Tensor] | None = None  # a key, and the indices of its elements
 
     def sample(self, wanted: int) -> Tensor:
-        return torch.ops.fastprune.topk_shard_sample(*self._factors, self._wide, wanted)
+        keys: Tensor = torch.ops.fastprune.topk_shard_sample(*self._factors, self._wide, wanted)
+        return keys
 
     def filter(self, bounds: Sequence[int], capacity: int) -> list[int]:
         self._tied = None
@@ -152,7 +153,10 @@ class NativePart:
         return [int(self._chunks[:, column].sum()) for column in _CLASSES.values()]
 
     def histogram(self, lo: int, hi: int) -> Tensor:
-        return torch.ops.fastprune.topk_shard_histogram(*self._factors, self._wide, lo, hi)
+        counts: Tensor = torch.ops.fastprune.topk_shard_histogram(
+            *self._factors, self._wide, lo, hi
+        )
+        return counts
 
     def inside_histogram(self, lo: int, hi: int) -> Tensor:
         return bins_of(self._keys, lo, hi)
@@ -160,7 +164,7 @@ class NativePart:
     def tie_bins(self, members: str, key: int, lo: int, shift: int) -> Tensor:
         if members == "inside":
             return index_bins(self._inside_ties(key), lo, shift)
-        return torch.ops.fastprune.topk_shard_tie_bins(
+        counts: Tensor = torch.ops.fastprune.topk_shard_tie_bins(
             *self._factors,
             self._wide,
             self._masks,
@@ -171,6 +175,7 @@ class NativePart:
             lo,
             shift,
         )
+        return counts
 
     def count_ties(self, members: str, key: int) -> int:
         if members == "inside":
@@ -251,10 +256,10 @@ class TorchPart:
         return [over[0], over[1] - over[0], over[2] - over[1], over[3] - over[2]]
 
     def histogram(self, lo: int, hi: int) -> Tensor:
-        return bins_of(self._all_keys(), lo, hi)
+        return bins_by_torch(self._all_keys(), lo, hi)
 
     def inside_histogram(self, lo: int, hi: int) -> Tensor:
-        return bins_of(self._keys, lo, hi)
+        return bins_by_torch(self._keys, lo, hi)
 
     def tie_bins(self, members: str, key: int, lo: int, shift: int) -> Tensor:
         if self._indices.numel() == 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -101,6 +102,14 @@ def shift_of(lo: int, hi: int) -> int:
 
 def bins_of(keys: Tensor, lo: int, hi: int) -> Tensor:
     """Counts of the keys in [lo, hi], in bins of 2^shift_of(lo, hi)."""
+    if keys.device.type == "cpu":
+        counts: Tensor = torch.ops.fastprune.topk_shard_bins(keys, lo, hi)
+        return counts
+    return bins_by_torch(keys, lo, hi)
+
+
+def bins_by_torch(keys: Tensor, lo: int, hi: int) -> Tensor:
+    """The same on any device."""
     inside = keys[(keys >= lo) & (keys <= hi)].to(torch.int64)
     shift = shift_of(lo, hi)
     offsets = (inside - lo) >> shift  # wraps where 64 bits overflow; the sign is then shifted in
@@ -133,6 +142,7 @@ class Narrowing:
 def select(p: Problem) -> Rounds:
     """Writes the masks of this rank's parts: exactly p.k of all ranks' candidates."""
     lowest, highest = p.lowest, p.highest
+    bounds: tuple[int, ...]
     if p.k == 0:
         bounds, expected = (highest,) * 4, 0
     elif p.k == p.candidates:
@@ -142,7 +152,7 @@ def select(p: Problem) -> Rounds:
     else:
         bounds, expected = yield from _guess(p)
     while True:
-        above, top, inside, bottom = yield Request(4, lambda: _filter(p, bounds, expected))
+        above, top, inside, bottom = yield Request(4, partial(_filter, p, bounds, expected))
         if above <= p.k <= above + top + inside + bottom or p.k == above + top:
             break
         # The counts say on which side of the bracket the threshold is.
@@ -152,8 +162,8 @@ def select(p: Problem) -> Rounds:
         else:
             at = Narrowing(lowest + 1, bounds[3], rest, p.candidates - rest)
         while at.lo < at.hi and at.inside > max(65536, p.elements // 64):
-            lo, hi = at.lo, at.hi
-            at.narrow((yield Request(BINS, lambda lo=lo, hi=hi: p.counted.histogram(lo, hi))), p.k)
+            hist = yield Request(BINS, partial(p.counted.histogram, at.lo, at.hi))
+            at.narrow(hist, p.k)
         expected = 0 if at.lo == at.hi else at.inside  # a single key is counted, not collected
         one = at.lo == at.hi
         bounds = (at.lo, at.lo, at.lo, at.lo - 1) if one else (at.hi, at.hi, at.lo - 1, at.lo - 1)
@@ -167,8 +177,7 @@ def select(p: Problem) -> Rounds:
     else:
         at = Narrowing(bounds[2] + 1, bounds[1], after_top, inside)
         while at.lo < at.hi and p.k < at.above + at.inside:
-            lo, hi = at.lo, at.hi
-            hist = yield Request(BINS, lambda lo=lo, hi=hi: p.counted.inside_histogram(lo, hi))
+            hist = yield Request(BINS, partial(p.counted.inside_histogram, at.lo, at.hi))
             at.narrow(hist, p.k)
         if p.k == at.above + at.inside:  # all from lo on: no ties are split
             yield Request(0, lambda: _for_parts(p, lambda part: part.accept(at.lo - 1, 0)))
@@ -193,7 +202,7 @@ def _guess(p: Problem) -> Generator[Request, list[int], tuple[tuple[int, ...], i
     """A bracket that holds the k-th largest key with high probability, from a common sample."""
     n = float(p.candidates)
     # Larger samples cost more, but leave fewer candidates to rank.
-    size = min(max(0.7 * math.cbrt(n * n), 1024.0), 65536.0)
+    size = min(max(0.7 * n ** (2 / 3), 1024.0), 65536.0)
     wanted = min(p.elements // 8, int(size * p.elements / n)) * p.share // p.elements
     keys: list[Tensor] = []
 
@@ -221,7 +230,7 @@ def _guess(p: Problem) -> Generator[Request, list[int], tuple[tuple[int, ...], i
         left = [(e, r) for e, r in pairs if e is not None and e.lo < e.hi and e.inside > few]
         if not left:
             break
-        hist = yield Request(BINS * len(left), lambda left=left: binned(left), small=True)
+        hist = yield Request(BINS * len(left), partial(binned, left), small=True)
         for i, (end, rank) in enumerate(left):
             end.narrow(hist[i * BINS : (i + 1) * BINS], rank)
     keys.clear()
