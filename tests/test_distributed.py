@@ -325,6 +325,7 @@ def test_layers_share_their_rounds() -> None:
                 30_000,
                 False,
                 30_000,
+                1,
             )
             for v in x
         ]

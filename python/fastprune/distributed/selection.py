@@ -69,8 +69,9 @@ class Problem:
         share: this rank's part of the elements.
         wide: keys have 64 bits.
         index_end: global indices are below.
-        rank, size: set where every rank's elements follow those of the rank before it, and ties
-            go to the lower rank; else None and ties go by global index.
+        size: number of ranks.
+        rank: set where every rank's elements follow those of the rank before it, so that ties go
+            to the lower rank; None where they go by global index.
     """
 
     counted: Part
@@ -81,8 +82,8 @@ class Problem:
     share: int
     wide: bool
     index_end: int
+    size: int
     rank: int | None = None
-    size: int = 0
 
     @property
     def lowest(self) -> int:
@@ -201,8 +202,8 @@ def _filter(p: Problem, bounds: Sequence[int], expected: int) -> Tensor:
 def _guess(p: Problem) -> Generator[Request, list[int], tuple[tuple[int, ...], int]]:
     """A bracket that holds the k-th largest key with high probability, from a common sample."""
     n = float(p.candidates)
-    # Larger samples cost more, but leave fewer candidates to rank.
-    size = min(max(0.7 * n ** (2 / 3), 1024.0), 65536.0)
+    # Larger samples cost more, but leave fewer candidates to rank. What is sent does not grow.
+    size = min(max(0.7 * n ** (2 / 3), 1024.0), 65536.0 * p.size)
     wanted = min(p.elements // 8, int(size * p.elements / n)) * p.share // p.elements
     keys: list[Tensor] = []
 
