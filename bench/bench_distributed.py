@@ -21,7 +21,7 @@ import fastprune as fp
 from fastprune.distributed import ThreadRank, Traffic, on_threads, record_traffic
 from fastprune.distributed.link import Link, Reduction
 from fastprune.distributed.parts import EmptyPart
-from fastprune.distributed.selection import BINS, Problem, bins_of, run, select, shift_of
+from fastprune.distributed.selection import BINS, Problem, run, select, shift_of
 
 WEIGHTS = {"7B": 7 * 10**9, "70B": 70 * 10**9, "1T": 10**12}
 RANKS = (8, 64, 512, 4096)
@@ -71,7 +71,7 @@ class NormalPart(EmptyPart):
     def filter(self, bounds: Sequence[int], capacity: int) -> list[int]:
         self.bounds = bounds
         over = [0, *self.above(torch.tensor(bounds)).tolist()]
-        return [b - a for a, b in zip(over, over[1:], strict=False)]
+        return [over[i + 1] - over[i] for i in range(4)]
 
     def histogram(self, lo: int, hi: int) -> Tensor:
         shift = shift_of(lo, hi)
@@ -115,7 +115,9 @@ def simulated(n: int, size: int, dtype: torch.dtype, distinct: bool) -> tuple[Tr
 
 def table(names: Sequence[str]) -> None:
     sizes = " / ".join(f"{r:,}" for r in RANKS)
-    print(f"| weights | dtype | rounds | KB, shards | KB, own tensors, {sizes} ranks | candidates |")
+    print(
+        f"| weights | dtype | rounds | KB, shards | KB, own tensors, {sizes} ranks | candidates |"
+    )
     print("|---|---|---|---|---|---|")
     for name, n in WEIGHTS.items():
         for kind in names:

@@ -260,6 +260,67 @@ def replicated(rank: int, size: int) -> None:
     assert "scores[0]: expected the same on every rank" in str(error), error
 
 
+def network() -> nn.Module:
+    torch.manual_seed(11)
+    return nn.Sequential(
+        nn.Linear(9, 30), nn.Tanh(), nn.Linear(30, 17), nn.Tanh(), nn.Linear(17, 4)
+    )
+
+
+def pruners(rank: int, size: int) -> None:
+    """Every method on replicated models: as one machine with the batches of all ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    world, loss = dist.group.WORLD, nn.functional.cross_entropy
+    # Unlike batches: ranks with more samples count more.
+    batches = [
+        [(torch.randn(3 + 2 * r + b, 9), torch.randint(4, (3 + 2 * r + b,))) for b in range(1 + r)]
+        for r in range(size)
+    ]
+    every = [batch for own in batches for batch in own]
+    for method in ("magnitude", "snip", "grasp", "synflow", "force", "iter-snip", "grasp-it"):
+        for scope in ("global", "layer"):
+            more: dict[str, Any] = {"loss": loss, "scope": scope, "sparsity": 0.7}
+            if method not in ("magnitude", "snip", "grasp"):
+                more["steps"] = 3
+            right = fp.prune(network(), method, data=every, **more)
+            got = fp.prune(network(), method, data=batches[rank], group=world, **more)
+            # Sums of gradients are rounded in another order: not more than a swap or two.
+            differ = sum(int((got[n] != right[n]).sum()) for n in right)
+            assert differ <= 4, (method, scope, differ)
+            assert sum(int(m.sum()) for m in got.values()) == sum(
+                int(m.sum()) for m in right.values()
+            )
+    masks = fp.prune(network(), "random", 0.5, group=world)  # each rank draws other noise
+    assert sum(int(m.sum()) for m in masks.values()) == sum(m.numel() for m in masks.values()) // 2
+
+    def bad_loss(output: Tensor, y: Tensor) -> Tensor:
+        if rank == size - 1:
+            raise ZeroDivisionError("no such loss")
+        return loss(output, y)
+
+    arguments: dict[str, Any] = {"data": batches[rank], "group": world}
+    calls: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"sparsity": 0.7, "loss": bad_loss}, ZeroDivisionError, "no such loss"),
+        ({"sparsity": 7 if rank == size - 1 else 0.7, "loss": loss}, ValueError, "sparsity: "),
+        ({"sparsity": 0.7, "loss": None if rank == size - 1 else loss}, ValueError, "loss: "),
+    ]
+    for more, kind, message in calls:
+        error = error_of(lambda more=more: fp.prune(network(), "snip", **more, **arguments))
+        if rank == size - 1:
+            assert type(error) is kind, error
+        else:
+            assert f"rank {size - 1} failed" in str(error), error
+        assert message in str(error), error
+    # And with FSDP2, where the parameters say themselves where they are.
+    model = network()
+    fully_shard(model)
+    sharded = fp.prune(model, "magnitude", 0.7)
+    right = fp.prune(network(), "magnitude", 0.7)
+    for name, mask in sharded.items():
+        assert torch.equal(mask.full_tensor(), right[name]), name
+
+
 def errors(rank: int, size: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Shard
@@ -366,7 +427,16 @@ def run_cases() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     rank, size = dist.get_rank(), dist.get_world_size()
-    for part in (distinct, sharded, fully_sharded, tensor_parallel, replicated, errors, subgroup):
+    for part in (
+        distinct,
+        sharded,
+        fully_sharded,
+        tensor_parallel,
+        replicated,
+        pruners,
+        errors,
+        subgroup,
+    ):
         began = time.perf_counter()
         part(rank, size)
         dist.barrier()

@@ -112,8 +112,18 @@ def _link(scores: Any, group: Any) -> tuple[Link, Any]:
         return Link(mesh_ranks(mesh)), mesh
     if group is None:
         raise ValueError(f"{_OP}: ranks: it needs a group, got None")
+    return link_of(group), None
+
+
+def link_of(group: Any) -> Link:
+    """The ranks of a process group, or of what does as it does (:class:`Ranks`).
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: this rank is not in it.
+    """
     if isinstance(group, dist.ProcessGroup):
-        return Link(ProcessGroups.of(group)), None
+        return Link(ProcessGroups.of(group))
     if group is getattr(dist.GroupMember, "NON_GROUP_MEMBER", object()):
         raise ValueError(f"{_OP}: group: this rank is not in it")
     if not callable(getattr(group, "all_reduce", None)):
@@ -121,7 +131,7 @@ def _link(scores: Any, group: Any) -> tuple[Link, Any]:
             f"{_OP}: group: expected a torch.distributed process group, got {type(group).__name__}"
         )
     ranks: Ranks = group
-    return Link(ranks), None
+    return Link(ranks)
 
 
 def _checked(
@@ -417,7 +427,8 @@ def _average(link: Link, tensors: list[Tensor], places: Sequence[int]) -> None:
             batch, mine = mine[:count], mine[count:]
             flat: list[Tensor] = []
             link.vote(partial(_flatten, tensors, batch, kind, flat))
-            link.mean_(flat[0])
+            link.add_(flat[0])
+            flat[0] /= link.size
             sizes = [tensors[i].numel() for i in batch]
             for i, mean in zip(batch, flat[0].split(sizes), strict=True):
                 tensors[i] = mean.view(tensors[i].shape)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -100,6 +101,10 @@ class Request:
     small: bool = False
 
 
+def _raise(error: BaseException) -> None:
+    raise error
+
+
 class Link:
     """The collectives of one call."""
 
@@ -107,6 +112,7 @@ class Link:
         self.ranks = ranks
         self.rank = ranks.rank
         self.size = ranks.size
+        self._shared: BaseException | None = None  # what was last raised on all ranks
 
     def sums(self, requests: Sequence[Request]) -> list[list[int]]:
         """The sums over all ranks of one vector per request, in one collective.
@@ -136,6 +142,20 @@ class Link:
 
         self.sums([Request(0, silent)])
 
+    @contextmanager
+    def agreement(self) -> Iterator[None]:
+        """Leaves the block only if all ranks do; what one raises in it is an error on all.
+
+        Inside, the ranks may take part in votes of this link, and in no other exchange.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if error is not self._shared:  # the others do not know
+                self.vote(partial(_raise, error))
+            raise
+        self.vote(lambda: None)
+
     def same(self, length: int, work: Callable[[], Tensor]) -> list[bool]:
         """For each entry of an int64 vector: whether it is the same on all ranks."""
 
@@ -146,12 +166,13 @@ class Link:
         most = self.max(2 * length, both_ways)
         return [a == ~b for a, b in zip(most[:length], most[length:], strict=True)]
 
-    def mean_(self, tensor: Tensor) -> None:
-        """Replaces a floating-point tensor by its mean over all ranks."""
+    def add_(self, tensor: Tensor) -> None:
+        """Replaces a floating-point tensor by its sum over all ranks."""
         moved = tensor.to(self.ranks.device)
         self._collective(moved, "sum")
         self._record(averaged=moved.numel() * moved.element_size())
-        tensor.copy_(moved.div_(self.size))
+        if moved is not tensor:
+            tensor.copy_(moved)
 
     def _parts(self, requests: Sequence[Request]) -> tuple[list[Tensor], BaseException | None]:
         parts: list[Tensor] = []
@@ -204,10 +225,14 @@ class Link:
         text = text.to(self.ranks.device)
         self._collective(text, "max")
         if error is not None:
+            self._shared = error
             raise error
         message = bytes(b for b in text.tolist() if b).decode(errors="replace")
         more = f" (and {len(ranks) - 1} more)" if len(ranks) > 1 else ""
-        raise RuntimeError(f"{_OP}: rank {ranks[0]}{more} failed, so no rank has masks: {message}")
+        self._shared = RuntimeError(
+            f"{_OP}: rank {ranks[0]}{more} failed, so no rank has masks: {message}"
+        )
+        raise self._shared
 
     def _collective(self, tensor: Tensor, reduction: Reduction) -> None:
         try:
@@ -215,11 +240,12 @@ class Link:
             if tensor.device.type == "cuda":
                 torch.cuda.current_stream(tensor.device).synchronize()
         except Exception as error:
-            raise RuntimeError(
+            self._shared = RuntimeError(
                 f"{_OP}: a collective failed on rank {self.rank} of {self.size}, so there are no "
                 f"masks: a rank has died, has left the call or took longer than the group's "
                 f"timeout ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-            ) from error
+            )
+            raise self._shared from error
 
     def _record(self, **more: int) -> None:
         traffic = _recording.get()
