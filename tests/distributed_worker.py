@@ -312,6 +312,22 @@ def pruners(rank: int, size: int) -> None:
         else:
             assert f"rank {size - 1} failed" in str(error), error
         assert message in str(error), error
+    # DDP has averaged the gradients already.
+    from torch.nn.parallel import DistributedDataParallel
+
+    ddp = DistributedDataParallel(network())
+    x, y = batches[rank][0]
+    loss(ddp(x), y).backward()
+    weights = [p for p in ddp.parameters() if p.dim() > 1]
+    grads = [p.grad for p in weights]
+    with record_traffic() as traffic:
+        got = fp.global_topk_mask(
+            weights, 0.3, score="saliency", other=grads, group=world, ranks="replicated"
+        )
+    assert traffic.averaged == 0
+    same(got, fp.global_topk_mask(weights, 0.3, score="saliency", other=grads), "ddp")
+    masks = fp.prune(ddp.module, "snip", 0.7, data=batches[rank], loss=loss, group=world)
+    assert masks == fp.prune(network(), "snip", 0.7, data=batches[rank], loss=loss, group=world)
     # And with FSDP2, where the parameters say themselves where they are.
     model = network()
     fully_shard(model)

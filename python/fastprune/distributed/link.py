@@ -70,6 +70,7 @@ class ProcessGroups:
 
     def __init__(self, groups: Sequence[dist.ProcessGroup], rank: int, size: int) -> None:
         self.groups = list(groups)
+        self.hops = len(self.groups)
         self.rank = rank
         self.size = size
         # By the group alone, so that all ranks choose alike: gloo's part where there is one.
@@ -202,7 +203,8 @@ class Link:
         status = torch.tensor([0 if error is None else 1])
         payload = torch.cat([p.to(device, dtype) for p in (*parts, status)])
         self._collective(payload, reduction)
-        self._record(rounds=1, bytes=payload.numel() * payload.element_size())
+        hops = getattr(self.ranks, "hops", 1)
+        self._record(rounds=hops, bytes=hops * payload.numel() * payload.element_size())
         values: list[int] = payload.tolist()
         if values[-1] > 0:
             self._raise_together(error)

@@ -206,8 +206,13 @@ def _transposed(schedule: Any, layers: int, scope: str) -> list[list[int]]:
 
 def warn_of_empty_layers(masks: Mapping[str, Tensor], method: str) -> None:
     """One warning that names every layer without a weight left."""
-    empty = [n for n, m in masks.items() if m.numel() and not bool(m.any())]
+    empty = [n for n, m in masks.items() if m.numel() and not _keeps_any(m)]
     if empty:
         warnings.warn(
             f"{method} pruned every weight of: {', '.join(empty)}", UserWarning, stacklevel=3
         )
+
+
+def _keeps_any(mask: Tensor) -> bool:
+    whole = getattr(mask, "full_tensor", None)  # of a DTensor, any() would see a shard only
+    return bool(mask.any()) if whole is None else bool(mask.sum().full_tensor())  # type: ignore[attr-defined]
