@@ -44,16 +44,29 @@ class Case:
     score: str
     scope: str
     k: Any
+    scale: list[float] | None = None
+    frozen: list[bool] | None = None
+
+    def lists(self, places: list[int] | None = None) -> dict[str, Any]:
+        """The arguments that have one entry per tensor, or those of some tensors."""
+        every = {
+            "scores": self.values,
+            "other": self.other,
+            "within": self.within,
+            "scale": self.scale,
+            "frozen": self.frozen,
+        }
+        if places is None:
+            return every
+        return {name: part and [part[i] for i in places] for name, part in every.items()}
 
     def arguments(self) -> dict[str, Any]:
-        """Everything but the tensors."""
+        """Those that the ranks share."""
         return {"k": self.k, "score": self.score, "scope": self.scope}
 
     def expected(self) -> list[Tensor]:
         """Of one machine."""
-        return fp.global_topk_mask(
-            self.values, other=self.other, within=self.within, **self.arguments()
-        )
+        return fp.global_topk_mask(**self.lists(), **self.arguments())
 
 
 def case_of(
@@ -92,7 +105,14 @@ def case_of(
     place = rnd.choice([0.0, 1.0, 0.5, rnd.random(), rnd.random()])
     counts = [round(place * u) for u in units]
     k = counts if scope in ("layer", "neuron") else counts[0]
-    return Case(seed, values, other, within, score, scope, k)
+    case = Case(seed, values, other, within, score, scope, k)
+    if rnd.random() < 0.2:
+        case.scale = [rnd.choice([1.0, 0.5, 3.0, -1.0]) for _ in values]
+    if scope == "global" and rnd.random() < 0.2:
+        case.frozen = [rnd.random() < 0.3 for _ in values]
+        whole = [int(a.sum()) for a, f in zip(allowed, case.frozen, strict=True) if f]
+        case.k = sum(whole) + round(place * (units[0] - sum(whole)))
+    return case
 
 
 def small_or_large(rnd: random.Random) -> tuple[int, ...]:

@@ -47,28 +47,23 @@ def distinct(rank: int, size: int) -> None:
         case = case_of(seed, small_or_large, most=6)
         owner = [random.Random(seed + 1).randrange(size) for _ in case.values]
         mine = sorted(range(len(owner)), key=lambda i: (owner[i], i))  # rank-major
+        every = case.lists(mine)
         mixed = Case(
             seed,
-            [case.values[i] for i in mine],
-            case.other and [case.other[i] for i in mine],
-            case.within and [case.within[i] for i in mine],
+            every["scores"],
+            every["other"],
+            every["within"],
             case.score,
             case.scope,
             case.k,
+            every["scale"],
+            every["frozen"],
         )
         own = [place for place, i in enumerate(mine) if owner[i] == rank]
         right = mixed.expected()
-
-        def part(tensors: list[Tensor] | None, own: list[int] = own) -> list[Tensor] | None:
-            return tensors and [tensors[i] for i in own]
-
         with record_traffic() as traffic:
             got = fp.global_topk_mask(
-                part(mixed.values) or [],
-                other=part(mixed.other),
-                within=part(mixed.within),
-                group=dist.group.WORLD,
-                **case.arguments(),
+                **mixed.lists(own), group=dist.group.WORLD, **case.arguments()
             )
         same(got, [right[i] for i in own], case)
         assert traffic.bytes <= MOST_BYTES, (traffic, case)
@@ -120,6 +115,8 @@ def sharded(rank: int, size: int) -> None:
                 spread(case.values),
                 other=spread(case.other),
                 within=spread(case.within),
+                scale=case.scale,
+                frozen=case.frozen,
                 **case.arguments(),
             )
             right = spread(case.expected())
@@ -234,6 +231,8 @@ def replicated(rank: int, size: int) -> None:
             case.values,
             other=case.other,
             within=case.within,
+            scale=case.scale,
+            frozen=case.frozen,
             group=world,
             ranks="replicated",
             **case.arguments(),
@@ -420,6 +419,34 @@ def errors(rank: int, size: int) -> None:
     for change, message in cases:
         error = error_of(lambda change=change: fp.global_topk_mask(k=3, **change))
         assert message in str(error), error
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"score": "lamp"}, "score: expected one of identity"),
+        ({"score": "noise", "seed": 3}, "score: expected one of identity"),
+        ({"min_per_tensor": 1}, "min_per_tensor: expected 0"),
+        ({"packed": True, "scores": [half]}, "packed: expected False with DTensors"),
+        ({"frozen": [True, False]}, "frozen: expected 1 bools"),
+        ({"frozen": [True], "k": 3}, f"at least the {9 * size} units of frozen tensors"),
+    ]
+    for change, message in refused:
+        arguments = {"scores": [torch.ones(9)], "k": 3, "group": world} | change
+        if "packed" in change:
+            del arguments["group"]
+        error = error_of(lambda arguments=arguments: fp.global_topk_mask(**arguments))
+        assert message in str(error), error
+    # What concerns a rank's own tensors, or the same ones on all, may be all that one machine does.
+    x = torch.arange(24.0).view(4, 6) - 9
+    for more in (
+        {"score": "lamp"},
+        {"score": "noise", "seed": 5},
+        {"min_per_tensor": 2},
+        {"packed": True},
+    ):
+        got = fp.global_topk_mask([x, 2 * x], k=7, group=world, ranks="replicated", **more)
+        right = fp.global_topk_mask([x, 2 * x], k=7, **more)
+        assert all(torch.equal(a, b) for a, b in zip(got, right, strict=True)), more
+    got = fp.global_topk_mask([x], k=7, group=world, packed=True)
+    right = fp.global_topk_mask([x] * size, k=7, packed=True)
+    assert torch.equal(got[0], right[rank])
     # After all these errors the group still works.
     assert int(fp.global_topk_mask([torch.ones(9)], k=3, group=world)[0].sum()) == (
         3 if rank == 0 else 0

@@ -93,15 +93,7 @@ def spread(case: Case, owner: list[int], rank: int) -> dict[str, Any]:
     """One rank's arguments."""
     own = [i for i, o in enumerate(owner) if o == rank]
 
-    def part(tensors: list[Tensor] | None) -> list[Tensor] | None:
-        return tensors and [tensors[i] for i in own]
-
-    return {
-        "scores": part(case.values) or [],
-        "other": part(case.other),
-        "within": part(case.within),
-        **case.arguments(),
-    }
+    return {**case.lists(own), **case.arguments()}
 
 
 @pytest.mark.parametrize("isa", runnable_isas(), indirect=True)
@@ -188,22 +180,20 @@ def inputs_of(case: Case, wide: bool) -> Inputs:
         base += 3 * v.numel()  # as if two other ranks' parts followed
     masks = [torch.zeros(v.shape, dtype=torch.bool) for v in case.values]
     labels = [f"[{i}]" for i in range(len(masks))]
-    return Inputs(
-        case.values, case.other or [], case.within or [], masks, boxes, labels, case.score, wide
-    )
+    other, within, scale = case.other or [], case.within or [], case.scale or []
+    return Inputs(case.values, other, within, masks, boxes, labels, scale, case.score, wide)
 
 
 @pytest.mark.parametrize("isa", runnable_isas(), indirect=True)
 def test_the_local_passes_against_plain_torch(isa: str) -> None:
     for seed in range(60):
         case, rnd = case_of(seed, small_or_large), random.Random(seed)
-        case.values = [v for v in case.values if v.numel()]
+        every = case.lists([i for i, v in enumerate(case.values) if v.numel()])
+        case.values, case.other = every["scores"], every["other"]
+        case.within, case.scale = every["within"], every["scale"]
         wide = any(v.dtype == torch.float64 for v in case.values) or rnd.random() < 0.3
         if not case.values:
             continue
-        keep = [i for i, v in enumerate(case_of(seed, small_or_large).values) if v.numel()]
-        case.other = case.other and [case.other[i] for i in keep]
-        case.within = case.within and [case.within[i] for i in keep]
         ours, plain = inputs_of(case, wide), inputs_of(case, wide)
         a, b = NativePart(ours), TorchPart(plain)
         keys = sorted(b._all_keys().tolist())

@@ -15,14 +15,15 @@ from torch import Tensor
 
 import fastprune as fp
 from conftest import runnable_isas
-from fastprune.ops.global_topk_mask import _by_reference, kept_count
+from fastprune.ops.global_topk_mask import kept_count
+from fastprune.ops.topk_call import TopkCall
 from fastprune.reference.global_topk_mask import filter_norms, fuse_score
 from oracle import DTYPES, guarded
 
 OP = torch.ops.fastprune.global_topk_mask
 ISAS = runnable_isas()
 SCOPES = ["global", "layer", "neuron", "filter"]
-SCORES = ["identity", "magnitude", "product", "saliency", "square"]
+SCORES = ["identity", "magnitude", "product", "saliency", "square", "noise", "lamp"]
 KINDS = ["normal", "integers", "zeros", "equal", "denormal", "infinite", "signed_zeros", "huge"]
 SIZES = [0, 1, 2, 3, 5, 7, 15, 16, 17, 31, 33, 61, 63, 64, 65, 97, 127, 128, 129]
 
@@ -40,6 +41,8 @@ class Case:
     within: float | None
     place: float
     strided: bool
+    scaled: bool
+    packed: bool
 
     def values(self, offset: int) -> list[Tensor]:
         g = torch.Generator().manual_seed(2 * self.seed + offset)
@@ -83,16 +86,37 @@ class Case:
         """Legal counts: none, one, all, or in between, of the candidates there are."""
         allowed = within or [torch.ones(v.shape, dtype=torch.bool) for v in values]
         rows = [a.reshape(a.shape[0] if a.dim() else 1, -1 if a.numel() else 0) for a in allowed]
-        if self.scope == "global":
-            units = [sum(int(a.sum()) for a in allowed)]
+        if self.scope == "global":  # three selections at once
+            units = [sum(int(a.sum()) for a in allowed)] * 3
         elif self.scope == "layer":
             units = [int(a.sum()) for a in allowed]
         elif self.scope == "filter":
             alive = [r.any(dim=1) if within else r.new_ones(r.shape[0]) for r in rows]
-            units = [sum(int(a.sum()) for a in alive)]
+            units = [sum(int(a.sum()) for a in alive)] * 3
         else:
             units = [int(r.sum(dim=1).min()) if r.numel() else 0 for r in rows]
+        if self.scope in ("global", "filter"):
+            places = (self.place, 1 - self.place, self.place / 2)
+            return [round(p * n) for p, n in zip(places, units, strict=True)]
         return [round(self.place * n) for n in units]
+
+    def call(self) -> TopkCall:
+        values, other, within = self.arguments()
+        scale = None
+        if self.scaled and self.score != "lamp":
+            signs = torch.randn(len(values), generator=torch.Generator().manual_seed(self.seed))
+            scale = [1.0 if s > 1 else float(s) for s in signs]
+        return TopkCall.check(
+            values,
+            self.scope,
+            self.score,
+            other or None,
+            within or None,
+            scale,
+            self.seed if self.score == "noise" else None,
+            self.packed,
+            None,
+        )
 
 
 shape_lists = st.lists(
@@ -109,20 +133,23 @@ withins = st.none() | st.sampled_from([0.0, 0.02, 0.5, 1.0])
 @st.composite
 def cases(draw: Callable[..., Any], shapes: Any, dtypes: Any) -> Case:
     chosen = draw(shapes)
+    score = draw(st.sampled_from(SCORES))
     return Case(
         seed=draw(st.integers(0, 2**31)),
         shapes=chosen,
         dtypes=[draw(dtypes) for _ in chosen],
         kind=draw(st.sampled_from(KINDS)),
-        scope=draw(st.sampled_from(SCOPES)),
-        score=draw(st.sampled_from(SCORES)),
+        scope=draw(st.sampled_from(SCOPES[:2] if score == "lamp" else SCOPES)),
+        score=score,
         within=draw(withins),
         place=draw(places),
         strided=draw(st.booleans()),
+        scaled=draw(st.booleans()),
+        packed=draw(st.booleans()),
     )
 
 
-def outcome(f: Callable[[], list[Tensor]]) -> list[Tensor] | str:
+def outcome(f: Callable[[], list[list[Tensor]]]) -> list[list[Tensor]] | str:
     """The masks, or "NaN" where that is the error."""
     try:
         return f()
@@ -133,24 +160,23 @@ def outcome(f: Callable[[], list[Tensor]]) -> list[Tensor] | str:
 
 
 def check(case: Case) -> None:
-    values, other, within = case.arguments()
-    counts = case.counts(values, within)
-    labels = [""] * len(values)
-    expected = outcome(
-        lambda: _by_reference(values, other, within, counts, case.scope, case.score, labels)
-    )
+    call = case.call()
+    counts = case.counts(call.values, call.within)
+    expected = outcome(lambda: call._by_reference(counts))
     before = fp._C.isa()
     try:
         for isa in ISAS:
             fp._C.set_isa(isa)
-            got = outcome(lambda: OP(values, other, within, counts, case.scope, case.score))
+            got = outcome(lambda: call.run(counts))
             if isinstance(expected, str) or isinstance(got, str):
                 assert got == expected, f"{isa}: {case}"
                 continue
-            for i, (mask, right) in enumerate(zip(got, expected, strict=True)):
-                assert mask.dtype == torch.bool
-                assert mask.is_contiguous()
-                assert torch.equal(mask, right), f"{isa}: mask {i} of {case}, counts {counts}"
+            for n, (masks, rights) in enumerate(zip(got, expected, strict=True)):
+                for i, (mask, right) in enumerate(zip(masks, rights, strict=True)):
+                    assert mask.dtype == (torch.uint8 if case.packed else torch.bool)
+                    assert mask.is_contiguous()
+                    text = f"{isa}: mask {i} of selection {n} of {case}, counts {counts}"
+                    assert torch.equal(mask, right), text
     finally:
         fp._C.set_isa(before)
 
@@ -333,8 +359,9 @@ def test_nan_is_an_error_that_names_the_tensor(n: int, scope: str, sign: float) 
         for f in (k, [5, 5] if isinstance(k, list) else 2):
             with pytest.raises(ValueError, match=r"scores\[1\] \(b\): .*NaN"):
                 fp.global_topk_mask(v, k=f, scope=scope, score=score, names=["a", "b"])
+    call = TopkCall.check(v, scope, "identity", None, None, None, None, False, None)
     with pytest.raises(ValueError, match=r"scores\[1\]: .*NaN"):
-        _by_reference(v, [], [], [0] if k == 0 else k, scope, "identity", ["[0]", "[1]"])
+        call._by_reference([0] if k == 0 else k)
     within = [torch.ones(t.shape, dtype=torch.bool) for t in v]
     within[1][1] = False
     assert fp.global_topk_mask(v, k=k, scope=scope, within=within)
@@ -436,7 +463,12 @@ def test_bad_calls(kind: type[Exception], message: str, arguments: dict[str, Any
         (r"other\[0\]: .*Bool", {"score": "product", "other": [torch.ones(3).bool()]}),
         ("within: expected 1 tensors", {"within": [torch.ones(3).bool()] * 2}),
         (r"within\[0\]: .*Bool", {"within": [torch.ones(3)]}),
-        (r"counts: expected 1 .*got 2", {"counts": [1, 2]}),
+        (r"counts: expected 1 .*got 2", {"counts": [1, 2], "scope": "layer"}),
+        (r"counts: expected at least one", {"counts": []}),
+        (r"scale: expected one for each of values, got 2", {"scale": [1.0, 2.0]}),
+        (r"scale\[0\]: expected a finite", {"scale": [math.inf]}),
+        (r"scale: expected none with score 'lamp'", {"scale": [2.0], "score": "lamp"}),
+        (r"scope: expected global or layer", {"scope": "filter", "score": "lamp"}),
         (r"counts\[0\]: expected 0 to 3 elements, got 4", {"counts": [4]}),
         (r"counts\[0\]: expected 0 to 3 .*got -1", {"counts": [-1], "scope": "layer"}),
         (r"counts\[0\]: expected 0 to 1 .*row", {"counts": [2], "scope": "neuron"}),
@@ -448,7 +480,7 @@ def test_bad_calls(kind: type[Exception], message: str, arguments: dict[str, Any
 def test_bad_raw_calls(message: str, change: dict[str, Any]) -> None:
     """The op checks for itself: it can be called without the public function."""
     call = {"values": [torch.ones(3)], "other": [], "within": [], "counts": [1]}
-    call |= {"scope": "global", "score": "identity"} | change
+    call |= {"scope": "global", "score": "identity", "scale": []} | change
     with pytest.raises(RuntimeError, match=f"global_topk_mask: {message}"):
         OP(*call.values())
 

@@ -121,7 +121,7 @@ def test_names_are_forgiving_and_one_call_serves_every_method():
     model = network().eval()
     for method in ("SNIP", "iter_snip", "IterSNIP", "iter-snip", "GraSP-It", "Syn_Flow"):
         assert prune(model, method, 0.5, steps=1, **TASK).nnz() > 0
-    with pytest.raises(ValueError, match=r"'wanda'.*random, magnitude, snip, grasp, synflow"):
+    with pytest.raises(ValueError, match=r"'wanda'.*random, magnitude, lamp, snip, grasp, synflow"):
         prune(model, "wanda", 0.5)
     for method in (3, None, int, nn.Linear):
         with pytest.raises(TypeError, match="method"):

@@ -1,8 +1,10 @@
 #include "ops/global_topk_mask.h"
 
 #include <algorithm>
+#include <cmath>
 #include <mutex>
 
+#include "ops/topk_lamp.h"
 #include "ops/topk_selection.h"
 
 namespace fastprune {
@@ -48,6 +50,28 @@ void check_companions(const std::vector<Tensor>& values, const std::vector<Tenso
   }
 }
 
+// How a tensor that is not contiguous is walked; null where a contiguous copy serves better: one
+// that is contiguous already (no copy), or of very many dimensions.
+std::unique_ptr<TopkStrides> strides_of(const Tensor& t) {
+  if (t.numel() == 0 || t.is_contiguous()) return nullptr;
+  auto result = std::make_unique<TopkStrides>();
+  int dims = 0;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 1) continue;
+    if (dims > 0 && result->strides[dims - 1] == strides[d] * sizes[d]) {  // one longer dimension
+      result->sizes[dims - 1] *= sizes[d];
+      result->strides[dims - 1] = strides[d];
+      continue;
+    }
+    if (dims == kTopkDims) return nullptr;
+    result->sizes[dims] = sizes[d];
+    result->strides[dims++] = strides[d];
+  }
+  result->dims = dims;
+  return dims == 0 ? nullptr : std::move(result);
+}
+
 const char* element(std::string& text, const char* name, size_t i) {
   text = std::string(name) + "[" + std::to_string(i) + "]";
   return text.c_str();
@@ -55,16 +79,29 @@ const char* element(std::string& text, const char* name, size_t i) {
 
 }  // namespace
 
+std::vector<TopkTensor> TopkCall::masked(size_t selection) const {
+  std::vector<TopkTensor> result = tensors;
+  for (size_t i = 0; i < result.size(); ++i) {
+    const Tensor& mask = masks[selection * result.size() + i];
+    result[i].mask = const_cast<uint8_t*>(static_cast<const uint8_t*>(mask.const_data_ptr()));
+  }
+  return result;
+}
+
 TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
                                    const std::vector<Tensor>& other,
                                    const std::vector<Tensor>& within,
-                                   const std::vector<int64_t>& counts, const std::string& scope,
-                                   const std::string& score) {
+                                   const std::vector<int64_t>& counts, const TopkOptions& options) {
   TopkCall call;
+  const std::string &scope = options.scope, &score = options.score;
   call.scope =
       static_cast<TopkScope>(index_of(scope, {"global", "layer", "neuron", "filter"}, "scope"));
-  call.score = static_cast<TopkScore>(
-      index_of(score, {"identity", "magnitude", "product", "saliency", "square"}, "score"));
+  const int kind = index_of(
+      score, {"identity", "magnitude", "product", "saliency", "square", "noise", "lamp"}, "score");
+  call.lamp = kind > static_cast<int>(TopkScore::noise);
+  call.score = call.lamp ? TopkScore::magnitude : static_cast<TopkScore>(kind);
+  call.packed = options.packed;
+  call.seed = static_cast<uint64_t>(options.seed);
   const bool needs_other = call.score == TopkScore::product || call.score == TopkScore::saliency;
   const bool by_row = call.scope == TopkScope::neuron || call.scope == TopkScope::filter;
   const bool per_tensor = call.scope == TopkScope::layer || call.scope == TopkScope::neuron;
@@ -72,12 +109,28 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
   STD_TORCH_CHECK(other.empty() != needs_other, kOp, ": other: expected ",
                   needs_other ? "one tensor for each of values" : "none", " with score '", score,
                   "', got ", other.size());
+  STD_TORCH_CHECK(!call.lamp || !by_row, kOp,
+                  ": scope: expected global or layer with score 'lamp', got '", scope, "'");
   check_companions(values, other, "other");
   check_companions(values, within, "within");
-  const size_t expected = per_tensor ? values.size() : 1;
-  STD_TORCH_CHECK(counts.size() == expected, kOp, ": counts: expected ", expected, " with scope '",
-                  scope, "', got ", counts.size());
+  if (per_tensor) {
+    STD_TORCH_CHECK(counts.size() == values.size(), kOp, ": counts: expected ", values.size(),
+                    " with scope '", scope, "', got ", counts.size());
+  } else {
+    STD_TORCH_CHECK(!counts.empty(), kOp, ": counts: expected at least one with scope '", scope,
+                    "', got none");
+  }
   call.counts = counts;
+  const size_t selections = per_tensor ? 1 : counts.size();
+  STD_TORCH_CHECK(options.scale.empty() || options.scale.size() == values.size(), kOp,
+                  ": scale: expected one for each of values, got ", options.scale.size());
+  STD_TORCH_CHECK(options.scale.empty() || !call.lamp, kOp,
+                  ": scale: expected none with score 'lamp'");
+  for (size_t i = 0; i < options.scale.size(); ++i) {
+    STD_TORCH_CHECK(std::isfinite(options.scale[i]), kOp, ": scale[", i,
+                    "]: expected a finite number, got ", options.scale[i]);
+    call.scaled |= options.scale[i] != 1.0;
+  }
 
   int64_t total = 0, most = 0;  // elements so far; units that counts[0] chooses from
   std::string name;
@@ -93,6 +146,8 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
     STD_TORCH_CHECK(!by_row || values[i].dim() > 0, kOp, ": values[", i,
                     "]: expected at least 1 dimension with scope '", scope, "', got a scalar");
     t.numel = values[i].numel();
+    t.first = total;
+    if (!options.scale.empty()) t.scale = options.scale[i];
     call.rows.push_back(by_row ? values[i].size(0) : 1);
     STD_TORCH_CHECK(!__builtin_add_overflow(total, t.numel, &total), kOp,
                     ": values: the number of elements does not fit 64 bits");
@@ -105,9 +160,11 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
     }
     most += call.scope == TopkScope::filter ? call.rows[i] : t.numel;
   }
-  STD_TORCH_CHECK(per_tensor || (counts[0] >= 0 && counts[0] <= most), kOp,
-                  ": counts[0]: expected 0 to ", most,
-                  call.scope == TopkScope::filter ? " filters" : " elements", ", got ", counts[0]);
+  for (size_t c = 0; !per_tensor && c < counts.size(); ++c) {
+    STD_TORCH_CHECK(counts[c] >= 0 && counts[c] <= most, kOp, ": counts[", c, "]: expected 0 to ",
+                    most, call.scope == TopkScope::filter ? " filters" : " elements", ", got ",
+                    counts[c]);
+  }
 
   for (size_t i = 0; i < values.size(); ++i) {
     TopkTensor& t = call.tensors[i];
@@ -115,24 +172,40 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
       call.held.push_back(dense(tensor));
       return call.held.back().const_data_ptr();
     };
-    t.values = hold(values[i]);
-    if (needs_other) t.other = hold(other[i]);
+    const auto factor = [&](const Tensor& tensor, const TopkStrides*& strides) {
+      call.strides.push_back(strides_of(tensor));
+      strides = call.strides.back().get();
+      if (strides == nullptr) return hold(tensor);
+      call.held.push_back(tensor);
+      return tensor.const_data_ptr();
+    };
+    if (call.score != TopkScore::noise) {
+      t.values = factor(values[i], t.values_strides);
+      if (needs_other) t.other = factor(other[i], t.other_strides);
+    }
     if (!within.empty()) {
       // An empty tensor has no storage, but it is not a missing restriction: no row is a candidate.
       static const uint8_t kNothing = 0;
       t.within = static_cast<const uint8_t*>(hold(within[i]));
       if (t.within == nullptr) t.within = &kNothing;
     }
-    call.masks.push_back(torch::stable::new_empty(values[i], values[i].sizes(), ScalarType::Bool));
-    t.mask = static_cast<uint8_t*>(call.masks.back().mutable_data_ptr());
   }
+  for (size_t n = 0; n < selections * values.size(); ++n) {
+    const Tensor& like = values[n % values.size()];
+    const int64_t bytes[] = {(like.numel() + 7) / 8};
+    call.masks.push_back(call.packed
+                             ? torch::stable::new_empty(like, {bytes, 1}, ScalarType::Byte)
+                             : torch::stable::new_empty(like, like.sizes(), ScalarType::Bool));
+  }
+  call.tensors = call.masked(0);
   return call;
 }
 
 namespace {
 
-bool is_wide(const TopkTensor& t) {
-  return t.dtype == DType::f64 || (t.other != nullptr && t.other_dtype == DType::f64);
+bool is_wide(TopkScore score, const TopkTensor& t) {
+  return score == TopkScore::noise || t.dtype == DType::f64 ||
+         (t.other != nullptr && t.other_dtype == DType::f64);
 }
 
 void fail_few(int64_t count, int64_t candidates, const std::string& where) {
@@ -140,21 +213,26 @@ void fail_few(int64_t count, int64_t candidates, const std::string& where) {
                   " candidates of ", where, ", got ", count);
 }
 
-// Selects k of the spans' elements. where: of what, for a message.
-void select(const std::vector<TopkTensor>& tensors, TopkScore score,
-            const std::vector<TopkSpan>& spans, int64_t k, const std::string& where) {
-  TopkProblem problem{tensors.data(), score, false};
+// Selects ks[i] of the spans' elements into the masks of problems[i], which differ in them only.
+// where: of what, for a message.
+void select(std::vector<TopkProblem> problems, const std::vector<TopkSpan>& spans,
+            const std::vector<int64_t>& ks, const std::string& where) {
   int64_t elements = 0, candidates = 0;
+  bool wide = false;
+  const TopkTensor* tensors = problems[0].tensors;
   for (const TopkSpan& s : spans) {
-    problem.wide |= is_wide(tensors[s.tensor]);
+    wide |= is_wide(problems[0].score, tensors[s.tensor]);
     elements += s.end - s.begin;
   }
+  for (TopkProblem& p : problems) p.wide = wide;
   if (elements <= kDirect) {
-    const Scratch scratch(FASTPRUNE_PICK(topk_direct_scratch)(problem.wide, elements));
-    const TopkStatus status = FASTPRUNE_PICK(topk_direct)(
-        problem, spans.data(), static_cast<int64_t>(spans.size()), k, scratch.as<void>());
-    if (status.kind == TopkStatus::has_nan) fail_nan(spans[status.span].tensor);
-    if (status.kind == TopkStatus::too_few) fail_few(k, status.candidates, where);
+    const Scratch scratch(FASTPRUNE_PICK(topk_direct_scratch)(wide, elements));
+    for (size_t i = 0; i < ks.size(); ++i) {
+      const TopkStatus status = FASTPRUNE_PICK(topk_direct)(
+          problems[i], spans.data(), static_cast<int64_t>(spans.size()), ks[i], scratch.as<void>());
+      if (status.kind == TopkStatus::has_nan) fail_nan(spans[status.span].tensor);
+      if (status.kind == TopkStatus::too_few) fail_few(ks[i], status.candidates, where);
+    }
     return;
   }
   for (const TopkSpan& s : spans) {
@@ -162,53 +240,112 @@ void select(const std::vector<TopkTensor>& tensors, TopkScore score,
     candidates += within == nullptr ? s.end - s.begin
                                     : FASTPRUNE_PICK(topk_count)(within + s.begin, s.end - s.begin);
   }
-  fail_few(k, candidates, where);
-  Selection(problem, spans, k, candidates).run();
+  std::vector<Selection> selections;
+  for (size_t i = 0; i < ks.size(); ++i) {
+    fail_few(ks[i], candidates, where);
+    selections.emplace_back(problems[i], spans, ks[i], candidates);
+  }
+  Selection::run(selections);
 }
 
-void select_whole(const std::vector<TopkTensor>& tensors, TopkScore score, int64_t k,
-                  const std::string& where) {
+void select_layers(const TopkCall& call) {
+  for (size_t i = 0; i < call.tensors.size(); ++i) {
+    if (call.lamp) {
+      const std::vector<TopkTensor> alone{call.tensors[i]};
+      LampSelection lamp(call.problem(alone), 1, static_cast<int64_t>(i));
+      fail_few(call.counts[i], lamp.candidates(), "values[" + std::to_string(i) + "]");
+      lamp.run(alone, call.counts[i]);
+      continue;
+    }
+    select({call.problem(call.tensors)}, {{static_cast<int64_t>(i), 0, call.tensors[i].numel}},
+           {call.counts[i]}, "values[" + std::to_string(i) + "]");
+  }
+}
+
+std::vector<TopkSpan> whole(const std::vector<TopkTensor>& tensors) {
   std::vector<TopkSpan> spans;
   for (size_t i = 0; i < tensors.size(); ++i) {
     spans.push_back({static_cast<int64_t>(i), 0, tensors[i].numel});
   }
-  select(tensors, score, spans, k, where);
+  return spans;
+}
+
+void select_global(const TopkCall& call) {
+  std::vector<std::vector<TopkTensor>> tensors;
+  for (size_t c = 0; c < call.counts.size(); ++c) tensors.push_back(call.masked(c));
+  if (call.lamp) {
+    LampSelection lamp(call.problem(tensors[0]), call.tensors.size());
+    for (int64_t k : call.counts) fail_few(k, lamp.candidates(), "all values");
+    for (size_t c = 0; c < call.counts.size(); ++c) lamp.run(tensors[c], call.counts[c]);
+    return;
+  }
+  std::vector<TopkProblem> problems;
+  for (const auto& of : tensors) problems.push_back(call.problem(of));
+  select(problems, whole(call.tensors), call.counts, "all values");
+}
+
+// A mask of bytes, for the rows of a tensor that need not begin at whole words of bits.
+struct RowMask {
+  explicit RowMask(const TopkTensor& t, bool packed) : bytes(packed ? t.numel : 0) {
+    mask = packed ? bytes.as<uint8_t>() : t.mask;
+  }
+  Scratch bytes;
+  uint8_t* mask;
+};
+
+void pack_mask(const uint8_t* bytes, int64_t n, uint8_t* bits) {
+  for_each_range((n + 7) / 8, 0, [&](int64_t begin, int64_t end, void*) {
+    for (int64_t b = begin; b < end; ++b) {
+      unsigned byte = 0;
+      for (int64_t j = 8 * b; j < std::min(8 * b + 8, n); ++j) {
+        byte |= static_cast<unsigned>(bytes[j] != 0) << (j % 8);
+      }
+      bits[b] = static_cast<uint8_t>(byte);
+    }
+  });
 }
 
 void select_rows(const TopkCall& call, int64_t i) {
-  const TopkTensor& t = call.tensors[i];
   const int64_t rows = call.rows[i], cols = call.cols(i), k = call.counts[i];
+  const RowMask out(call.tensors[i], call.packed);
+  std::vector<TopkTensor> tensors = call.tensors;
+  tensors[i].mask = out.mask;
+  TopkProblem problem = call.problem(tensors);
+  problem.packed = false;
+  problem.wide = is_wide(call.score, tensors[i]);
   const auto where = [&](int64_t row) {
     return "row " + std::to_string(row) + " of values[" + std::to_string(i) + "]";
   };
   if (cols > kLongRow) {
     for (int64_t r = 0; r < rows; ++r) {
-      select(call.tensors, call.score, {{i, r * cols, (r + 1) * cols}}, k, where(r));
+      select({problem}, {{i, r * cols, (r + 1) * cols}}, {k}, where(r));
     }
-    return;
+  } else {
+    TopkStatus worst{TopkStatus::ok, rows, 0};
+    std::mutex mutex;
+    for_each_range(rows, FASTPRUNE_PICK(topk_direct_scratch)(problem.wide, cols),
+                   [&](int64_t begin, int64_t end, void* scratch) {
+                     const TopkStatus status =
+                         FASTPRUNE_PICK(topk_rows)(problem, i, cols, begin, end, k, scratch);
+                     const std::lock_guard<std::mutex> lock(mutex);
+                     if (status.kind != TopkStatus::ok && status.span < worst.span) worst = status;
+                   });
+    if (worst.kind == TopkStatus::has_nan) fail_nan(i);
+    if (worst.kind == TopkStatus::too_few) fail_few(k, worst.candidates, where(worst.span));
   }
-  const TopkProblem problem{call.tensors.data(), call.score, is_wide(t)};
-  TopkStatus worst{TopkStatus::ok, rows, 0};
-  std::mutex mutex;
-  for_each_range(rows, FASTPRUNE_PICK(topk_direct_scratch)(problem.wide, cols),
-                 [&](int64_t begin, int64_t end, void* scratch) {
-                   const TopkStatus status =
-                       FASTPRUNE_PICK(topk_rows)(problem, i, cols, begin, end, k, scratch);
-                   const std::lock_guard<std::mutex> lock(mutex);
-                   if (status.kind != TopkStatus::ok && status.span < worst.span) worst = status;
-                 });
-  if (worst.kind == TopkStatus::has_nan) fail_nan(i);
-  if (worst.kind == TopkStatus::too_few) fail_few(k, worst.candidates, where(worst.span));
+  if (call.packed) pack_mask(out.mask, tensors[i].numel, call.tensors[i].mask);
 }
 
 // The filters' norms are a selection problem of their own: one float64 score per filter.
 void select_filters(const TopkCall& call) {
-  const TopkProblem problem{call.tensors.data(), call.score, false};
+  const TopkProblem problem = call.problem(call.tensors);
+  const size_t n = call.tensors.size(), selections = call.counts.size();
   std::vector<Scratch> memory;
-  std::vector<TopkTensor> filters;
-  for (size_t i = 0; i < call.tensors.size(); ++i) {
+  std::vector<std::vector<TopkTensor>> filters(selections);
+  for (size_t i = 0; i < n; ++i) {
     const int64_t rows = call.rows[i], cols = call.cols(i);
-    memory.emplace_back(checked_product(rows, 10, kOp));
+    memory.emplace_back(
+        checked_product(rows, static_cast<int64_t>(9 + selections), kOp));
     double* norms = memory.back().as<double>();
     uint8_t* alive = reinterpret_cast<uint8_t*>(norms + rows);
     const uint8_t* within = call.tensors[i].within;
@@ -219,14 +356,23 @@ void select_filters(const TopkCall& call) {
         alive[r] = FASTPRUNE_PICK(topk_count)(within + r * cols, cols) > 0 ? 1 : 0;
       }
     });
-    filters.push_back({norms, nullptr, within == nullptr ? nullptr : alive, alive + rows, rows,
-                       DType::f64, DType::f64});
+    for (size_t c = 0; c < selections; ++c) {
+      filters[c].push_back({norms, nullptr, within == nullptr ? nullptr : alive,
+                            alive + (c + 1) * rows, rows, DType::f64, DType::f64});
+    }
   }
-  select_whole(filters, TopkScore::identity, call.counts[0], "all filters");
-  for (size_t i = 0; i < call.tensors.size(); ++i) {
-    const int64_t cols = call.cols(i);
-    for (int64_t r = 0; r < call.rows[i]; ++r) {
-      std::fill_n(call.tensors[i].mask + r * cols, cols, filters[i].mask[r]);
+  std::vector<TopkProblem> problems;
+  for (const auto& of : filters) problems.push_back({of.data(), TopkScore::identity, true});
+  select(problems, whole(filters[0]), call.counts, "all filters");
+  for (size_t c = 0; c < selections; ++c) {
+    const std::vector<TopkTensor> tensors = call.masked(c);
+    for (size_t i = 0; i < n; ++i) {
+      const RowMask out(tensors[i], call.packed);
+      const int64_t cols = call.cols(i);
+      for (int64_t r = 0; r < call.rows[i]; ++r) {
+        std::fill_n(out.mask + r * cols, cols, filters[c][i].mask[r]);
+      }
+      if (call.packed) pack_mask(out.mask, tensors[i].numel, tensors[i].mask);
     }
   }
 }
@@ -242,23 +388,20 @@ std::string take_string(StringHandle handle) {
 }
 
 // Strings arrive as handles: the conversion to std::string of torch 2.11 to 2.13 leaks each one.
-std::vector<Tensor> global_topk_mask_cpu(const std::vector<Tensor>& values,
-                                         const std::vector<Tensor>& other,
-                                         const std::vector<Tensor>& within,
-                                         const std::vector<int64_t>& counts, StringHandle scope,
-                                         StringHandle score) {
-  const TopkCall call = validate_global_topk_mask(values, other, within, counts, take_string(scope),
-                                                  take_string(score));
+std::vector<Tensor> global_topk_mask_cpu(
+    const std::vector<Tensor>& values, const std::vector<Tensor>& other,
+    const std::vector<Tensor>& within, const std::vector<int64_t>& counts, StringHandle scope,
+    StringHandle score, const std::vector<double>& scale, int64_t seed, bool packed) {
+  const TopkCall call =
+      validate_global_topk_mask(values, other, within, counts,
+                                {take_string(scope), take_string(score), scale, seed, packed});
   check_cpu(values[0], kOp, "values[0]");
   switch (call.scope) {
     case TopkScope::global:
-      select_whole(call.tensors, call.score, call.counts[0], "all values");
+      select_global(call);
       break;
     case TopkScope::layer:
-      for (size_t i = 0; i < call.tensors.size(); ++i) {
-        select(call.tensors, call.score, {{static_cast<int64_t>(i), 0, call.tensors[i].numel}},
-               call.counts[i], "values[" + std::to_string(i) + "]");
-      }
+      select_layers(call);
       break;
     case TopkScope::neuron:
       for (size_t i = 0; i < call.tensors.size(); ++i) select_rows(call, static_cast<int64_t>(i));
@@ -270,14 +413,64 @@ std::vector<Tensor> global_topk_mask_cpu(const std::vector<Tensor>& values,
   return call.masks;
 }
 
+// Per tensor: kept elements, the least of their scores and the sum of their scores, as float64.
+Tensor topk_kept_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>& other,
+                     const std::vector<Tensor>& masks, StringHandle score,
+                     const std::vector<double>& scale, int64_t seed) {
+  const bool packed = !masks.empty() && masks[0].scalar_type() == ScalarType::Byte;
+  const std::vector<int64_t> none{0};
+  TopkCall call = validate_global_topk_mask(values, other, {}, none,
+                                            {"global", take_string(score), scale, seed, packed});
+  check_cpu(values[0], kOp, "values[0]");
+  STD_TORCH_CHECK(!call.lamp, kOp, ": score: expected another than 'lamp'");
+  STD_TORCH_CHECK(masks.size() == values.size(), kOp, ": masks: expected ", values.size(),
+                  " tensors, one for each of values, got ", masks.size());
+  for (size_t i = 0; i < masks.size(); ++i) {
+    STD_TORCH_CHECK(masks[i].scalar_type() == call.masks[i].scalar_type() &&
+                        masks[i].is_contiguous() && same_shape(masks[i], call.masks[i]),
+                    kOp, ": masks[", i, "]: expected a contiguous mask of values[", i, "]");
+  }
+  call.masks = masks;
+  const std::vector<TopkTensor> tensors = call.masked(0);
+  TopkProblem problem = call.problem(tensors);
+  std::vector<TopkSpan> spans;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    problem.wide |= is_wide(call.score, tensors[i]);
+    for (int64_t at = 0; at < tensors[i].numel; at += kTopkChunk) {
+      spans.push_back({static_cast<int64_t>(i), at, std::min(at + kTopkChunk, tensors[i].numel)});
+    }
+  }
+  std::vector<TopkKept> parts(spans.size());
+  for_each_range(static_cast<int64_t>(spans.size()), 0, [&](int64_t begin, int64_t end, void*) {
+    for (int64_t s = begin; s < end; ++s) parts[s] = FASTPRUNE_PICK(topk_kept)(problem, spans[s]);
+  });
+  const int64_t sizes[] = {static_cast<int64_t>(tensors.size()), 3};
+  Tensor result = torch::stable::new_empty(values[0], {sizes, 2}, ScalarType::Double);
+  double* out = static_cast<double*>(result.mutable_data_ptr());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    out[3 * i] = 0.0, out[3 * i + 1] = INFINITY, out[3 * i + 2] = 0.0;
+  }
+  for (size_t s = 0; s < spans.size(); ++s) {
+    double* of = out + 3 * spans[s].tensor;
+    of[0] += static_cast<double>(parts[s].count);
+    of[1] = std::min(of[1], parts[s].least);
+    of[2] += parts[s].sum;
+  }
+  return result;
+}
+
 }  // namespace
 }  // namespace fastprune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
   m.def(
       "global_topk_mask(Tensor[] values, Tensor[] other, Tensor[] within, int[] counts, str scope, "
-      "str score) -> Tensor[]");
+      "str score, float[] scale=[], int seed=0, bool packed=False) -> Tensor[]");
+  m.def(
+      "topk_kept(Tensor[] values, Tensor[] other, Tensor[] masks, str score, float[] scale=[], "
+      "int seed=0) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
   m.impl("global_topk_mask", TORCH_BOX(&fastprune::global_topk_mask_cpu));
+  m.impl("topk_kept", TORCH_BOX(&fastprune::topk_kept_cpu));
 }

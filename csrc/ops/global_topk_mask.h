@@ -1,6 +1,7 @@
 // global_topk_mask: the checks that every device entry shares.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -11,16 +12,34 @@ namespace fastprune {
 
 enum class TopkScope : int { global, layer, neuron, filter };
 
-// A checked call: tensors contiguous, masks allocated but not written, pointers into both.
+// How scores are made, apart from the tensors.
+struct TopkOptions {
+  std::string scope, score;
+  std::vector<double> scale;  // one per tensor, or none: 1
+  int64_t seed = 0;           // of the noise
+  bool packed = false;        // masks of bits, in flat uint8 tensors of ceil(numel / 8)
+};
+
+// A checked call: masks allocated but not written, pointers into both.
 struct TopkCall {
   TopkScope scope;
   TopkScore score;
+  bool lamp = false;  // scores are those of LAMP; `score` is then that of the order in a tensor
+  bool scaled = false, packed = false;
+  uint64_t seed = 0;
   std::vector<Tensor> held;  // what the pointers below point into
-  std::vector<Tensor> masks;
-  std::vector<TopkTensor> tensors;
-  std::vector<int64_t> rows;    // per tensor, for the scopes neuron and filter
-  std::vector<int64_t> counts;  // kept: one, or one per tensor for the scopes layer and neuron
+  std::vector<Tensor> masks;  // all tensors' for each selection
+  std::vector<std::unique_ptr<TopkStrides>> strides;
+  std::vector<TopkTensor> tensors;  // with the masks of the first selection
+  std::vector<int64_t> rows;        // per tensor, for the scopes neuron and filter
+  // Kept: one per selection, or one per tensor (a single selection) for the scopes layer and neuron.
+  std::vector<int64_t> counts;
 
+  TopkProblem problem(const std::vector<TopkTensor>& of) const {
+    return {of.data(), score, false, scaled, packed, seed};
+  }
+  // The tensors with the masks of a selection.
+  std::vector<TopkTensor> masked(size_t selection) const;
   int64_t cols(size_t i) const { return rows[i] == 0 ? 0 : tensors[i].numel / rows[i]; }
 };
 
@@ -29,7 +48,6 @@ struct TopkCall {
 TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
                                    const std::vector<Tensor>& other,
                                    const std::vector<Tensor>& within,
-                                   const std::vector<int64_t>& counts, const std::string& scope,
-                                   const std::string& score);
+                                   const std::vector<int64_t>& counts, const TopkOptions& options);
 
 }  // namespace fastprune

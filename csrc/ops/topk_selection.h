@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -17,7 +19,7 @@ constexpr const char* kTopkOp = "global_topk_mask";
   STD_TORCH_CHECK(false, kTopkOp, ": values[", tensor, "]: a candidate's score is NaN");
 }
 
-// Exactly k of the elements of some spans.
+// Exactly k of the elements of some spans. Several that differ in k and in their masks share passes.
 class Selection {
  public:
   // candidates: elements of the spans that are inside `within`; k is at most that.
@@ -32,52 +34,92 @@ class Selection {
     }
   }
 
-  void run() {
-    const int64_t lowest = topk_lowest_key(problem_.wide),
-                  highest = topk_highest_key(problem_.wide);
-    int64_t capacity = 0;
-    TopkBracket bracket{{lowest, lowest, lowest, lowest}};  // every candidate is above
-    if (k_ == 0) {
-      bracket = {{highest, highest, highest, highest}};
-    } else if (k_ < candidates_) {
-      bracket = guess(capacity);
+  // Selections over the same spans, scores and restrictions.
+  static void run(std::vector<Selection>& selections) {
+    std::vector<Selection*> left;
+    std::optional<Sample> sample;  // the same for all: it depends on the scores only
+    for (Selection& s : selections) {
+      s.start(sample);
+      left.push_back(&s);
     }
-    while (!decide(bracket, capacity)) {
-      // The counts of the pass say on which side of the bracket, or where in it, the threshold is.
-      int64_t lo = bracket.bounds[2] + 1, hi = bracket.bounds[1];
-      int64_t above = above_ + top_, inside = inside_;
-      if (k_ <= above_) {
-        lo = bracket.bounds[0] + 1, hi = highest, above = 0, inside = above_;
-      } else if (k_ > above_ + top_ + inside_ + bottom_) {
-        above = above_ + top_ + inside_ + bottom_;
-        lo = lowest + 1, hi = bracket.bounds[3], inside = candidates_ - above;
+    while (!left.empty()) {
+      pass(left);
+      std::vector<Selection*> wrong;
+      for (Selection* s : left) {
+        if (s->complete()) {
+          s->give_back();
+        } else {
+          wrong.push_back(s);
+        }
       }
-      bracket = refine(lo, hi, above, inside, capacity);
+      for (Selection* s : wrong) s->refine();
+      left = std::move(wrong);
     }
   }
 
  private:
+  int64_t worker_count() const {
+    return std::min(static_cast<int64_t>(chunks_.size()), thread_count());
+  }
+
   template <typename F>
   void for_each_worker(const F& f) const {
-    const int64_t n = static_cast<int64_t>(chunks_.size()), workers = std::min(n, thread_count());
+    const int64_t n = static_cast<int64_t>(chunks_.size()), workers = worker_count();
     for_each_range(workers, 0, [&](int64_t begin, int64_t end, void*) {
       for (int64_t w = begin; w < end; ++w) f(w, n * w / workers, n * (w + 1) / workers);
     });
   }
 
-  // A bracket that holds the k-th largest key with high probability.
-  TopkBracket guess(int64_t& capacity) const {
+  struct Sample {
+    Scratch keys;
+    int64_t found;
+  };
+
+  void start(std::optional<Sample>& sample) {
+    const int64_t lowest = topk_lowest_key(problem_.wide),
+                  highest = topk_highest_key(problem_.wide);
+    bracket_ = {{lowest, lowest, lowest, lowest}};  // every candidate is above
+    if (k_ == 0) {
+      bracket_ = {{highest, highest, highest, highest}};
+    } else if (k_ < candidates_) {
+      if (!sample) sample = draw();
+      bracket_ = guess(*sample);
+    }
+  }
+
+  // The counts of the last pass say on which side of the bracket, or where in it, the threshold is.
+  void refine() {
+    int64_t lo = bracket_.bounds[2] + 1, hi = bracket_.bounds[1];
+    int64_t above = above_ + top_, inside = inside_;
+    if (k_ <= above_) {
+      lo = bracket_.bounds[0] + 1, hi = topk_highest_key(problem_.wide), above = 0, inside = above_;
+    } else if (k_ > above_ + top_ + inside_ + bottom_) {
+      above = above_ + top_ + inside_ + bottom_;
+      lo = topk_lowest_key(problem_.wide) + 1, hi = bracket_.bounds[3];
+      inside = candidates_ - above;
+    }
+    bracket_ = refine(lo, hi, above, inside, capacity_);
+  }
+
+  Sample draw() const {
     const double n = static_cast<double>(candidates_);
     // Larger samples cost more, but leave fewer candidates to rank.
     const double size = std::clamp(0.7 * std::cbrt(n * n), 1024.0, 65536.0);
     const int64_t wanted = std::min<int64_t>(
         elements_ / 8, static_cast<int64_t>(size * static_cast<double>(elements_) / n));
-    const int64_t key_bytes = problem_.wide ? 8 : 4;
-    const Scratch keys((wanted + 64) * key_bytes), scratch((wanted / 2 + 64) * key_bytes);
-    const int64_t found =
-        FASTPRUNE_PICK(topk_sample)(problem_, chunks_.data(), static_cast<int64_t>(chunks_.size()),
-                                    elements_, wanted, keys.as<void>());
-    const double share = static_cast<double>(k_) / n, s = static_cast<double>(found);
+    Sample sample{Scratch((wanted + 64) * key_bytes()), 0};
+    sample.found = FASTPRUNE_PICK(topk_sample)(problem_, chunks_.data(),
+                                               static_cast<int64_t>(chunks_.size()), elements_,
+                                               wanted, sample.keys.as<void>());
+    return sample;
+  }
+
+  // A bracket that holds the k-th largest key with high probability.
+  TopkBracket guess(const Sample& sample) {
+    const int64_t found = sample.found;
+    const Scratch &keys = sample.keys, scratch((found / 2 + 64) * key_bytes());
+    const double n = static_cast<double>(candidates_), s = static_cast<double>(found);
+    const double share = static_cast<double>(k_) / n;
     const double slack = 4.0 * std::sqrt(s * share * (1.0 - share)) + 3.0;
     const int64_t hi_rank = static_cast<int64_t>(std::floor(s * share - slack));
     const int64_t lo_rank = static_cast<int64_t>(std::ceil(s * share + slack));
@@ -90,7 +132,7 @@ class Selection {
     if (lo_rank <= found) {
       lo = select(problem_.wide, keys.as<void>(), found, lo_rank, scratch.as<void>());
     }
-    capacity = static_cast<int64_t>(3.0 * slack * n / (s + 1.0)) + 4096;
+    capacity_ = static_cast<int64_t>(3.0 * slack * n / (s + 1.0)) + 4096;
     if (lo.key == hi.key) return {{lo.key, lo.key, lo.key, lo.key - 1}};
     constexpr int64_t kMassed = 8;  // so many equal samples: a value to count, not to collect
     const bool top = hi.equal >= kMassed, bottom = lo.equal >= kMassed;
@@ -117,23 +159,41 @@ class Selection {
     return {{hi, hi, lo - 1, lo - 1}};
   }
 
-  // One pass over the factors that counts the classes of the bracket and, if the threshold lies
-  // where the bracket says, completes the masks. False: it does not.
-  bool decide(const TopkBracket& bracket, int64_t capacity) {
-    const int64_t workers = std::min<int64_t>(static_cast<int64_t>(chunks_.size()), thread_count());
-    const int64_t key_bytes = problem_.wide ? 8 : 4;
-    // Any worker may meet all of them; pages that none touches are never backed by memory.
-    const Scratch keys(
-        checked_product(checked_product(workers, capacity, kTopkOp), key_bytes, kTopkOp));
-    const Scratch positions(checked_product(workers, capacity, kTopkOp) * 2);
-    std::vector<int64_t> first_chunk(static_cast<size_t>(workers) + 1);
-    for_each_worker([&](int64_t w, int64_t begin, int64_t end) {
-      first_chunk[w + 1] = end;
-      FASTPRUNE_PICK(topk_filter)
-      (problem_, chunks_.data(), begin, end, bracket,
-       {keys.as<char>() + w * capacity * key_bytes, positions.as<uint16_t>() + w * capacity,
-        capacity});
+  // One pass over the factors that counts the classes of every bracket, keeps what is inside and
+  // writes the masks as if the upper ends were the thresholds.
+  static void pass(const std::vector<Selection*>& all) {
+    const Selection& first = *all.front();
+    const int64_t workers = first.worker_count(), key_bytes = first.key_bytes();
+    for (Selection* s : all) {
+      // Any worker may meet all of them; pages that none touches are never backed by memory.
+      const int64_t room = checked_product(workers, s->capacity_, kTopkOp);
+      s->keys_.emplace(checked_product(room, key_bytes, kTopkOp));
+      s->positions_.emplace(room * 2);
+      s->first_chunk_.assign(static_cast<size_t>(workers) + 1, 0);
+    }
+    first.for_each_worker([&](int64_t w, int64_t begin, int64_t end) {
+      std::vector<TopkJob> jobs;
+      for (Selection* s : all) {
+        s->first_chunk_[w + 1] = end;
+        jobs.push_back({&s->problem_, s->chunks_.data(), s->bracket_,
+                        {s->keys_->as<char>() + w * s->capacity_ * key_bytes,
+                         s->positions_->as<uint16_t>() + w * s->capacity_, s->capacity_}});
+      }
+      FASTPRUNE_PICK(topk_filter_all)(jobs.data(), static_cast<int64_t>(jobs.size()), begin, end);
     });
+  }
+
+  int64_t key_bytes() const { return problem_.wide ? 8 : 4; }
+
+  void give_back() {
+    keys_.reset();
+    positions_.reset();
+  }
+
+  // Completes the masks if the threshold lies where the bracket says. False: it does not.
+  bool complete() {
+    const int64_t workers = worker_count(), key_bytes = this->key_bytes();
+    const Scratch &keys = *keys_, &positions = *positions_;
     above_ = top_ = inside_ = bottom_ = 0;
     for (const TopkChunk& c : chunks_) {
       if (c.has_nan) fail_nan(c.span.tensor);
@@ -143,21 +203,21 @@ class Selection {
     if (k_ == after_top) return true;
     if (k_ < above_ || k_ > after_inside + bottom_) return false;
     if (k_ < after_top) {
-      settle(&TopkChunk::top, bracket.bounds[0], k_ - above_, true);
+      settle(&TopkChunk::top, bracket_.bounds[0], k_ - above_, true);
       return true;
     }
     // Bring the workers' candidates together; `first` counts from the common start from here on.
     int64_t used = 0;
     for (int64_t w = 0; w < workers; ++w) {
       int64_t found = 0;
-      for (int64_t c = first_chunk[w]; c < first_chunk[w + 1]; ++c) {
+      for (int64_t c = first_chunk_[w]; c < first_chunk_[w + 1]; ++c) {
         found += chunks_[c].inside;
         chunks_[c].first += used;
       }
-      if (found + 64 > capacity && found > 0) return false;
-      std::copy_n(keys.as<char>() + w * capacity * key_bytes, found * key_bytes,
+      if (found + 64 > capacity_ && found > 0) return false;
+      std::copy_n(keys.as<char>() + w * capacity_ * key_bytes, found * key_bytes,
                   keys.as<char>() + used * key_bytes);
-      std::copy_n(positions.as<uint16_t>() + w * capacity, found, positions.as<uint16_t>() + used);
+      std::copy_n(positions.as<uint16_t>() + w * capacity_, found, positions.as<uint16_t>() + used);
       used += found;
     }
     TopkThreshold threshold{topk_lowest_key(problem_.wide), 0, 0};
@@ -172,7 +232,7 @@ class Selection {
     (problem_, chunks_.data(), static_cast<int64_t>(chunks_.size()),
      {keys.as<void>(), positions.as<uint16_t>(), used}, threshold.key, ties);
     if (k_ > after_inside)
-      settle(&TopkChunk::bottom, bracket.bounds[3] + 1, k_ - after_inside, false);
+      settle(&TopkChunk::bottom, bracket_.bounds[3] + 1, k_ - after_inside, false);
     return true;
   }
 
@@ -194,6 +254,10 @@ class Selection {
   TopkProblem problem_;
   int64_t k_, candidates_, elements_ = 0;
   std::vector<TopkChunk> chunks_;
+  TopkBracket bracket_{};
+  int64_t capacity_ = 0;                      // for candidates, of each worker
+  std::optional<Scratch> keys_, positions_;   // of the candidates
+  std::vector<int64_t> first_chunk_;          // of each worker
   int64_t above_ = 0, top_ = 0, inside_ = 0, bottom_ = 0;
 };
 

@@ -55,8 +55,8 @@ void check_companions(const std::vector<Tensor>& values, const std::vector<Tenso
 }
 
 Pieces pieces_of(const std::vector<Tensor>& values, const std::vector<Tensor>& other,
-                 const std::vector<Tensor>& within, const std::vector<Tensor>& masks, int64_t score,
-                 bool wide) {
+                 const std::vector<Tensor>& within, const std::vector<Tensor>& masks,
+                 const std::vector<double>& scale, int64_t score, bool wide) {
   STD_TORCH_CHECK(score >= 0 && score <= static_cast<int64_t>(TopkScore::square), kOp,
                   ": score: unknown kind ", score);
   const TopkScore kind = static_cast<TopkScore>(score);
@@ -66,10 +66,15 @@ Pieces pieces_of(const std::vector<Tensor>& values, const std::vector<Tensor>& o
   check_companions(values, other, "other");
   check_companions(values, within, "within");
   check_companions(values, masks, "masks");
+  STD_TORCH_CHECK(scale.empty() || scale.size() == values.size(), kOp, ": scale: expected ",
+                  values.size(), " factors, got ", scale.size());
   Pieces pieces;
+  bool scaled = false;
   for (size_t i = 0; i < values.size(); ++i) {
     TopkTensor t{};
     t.numel = values[i].numel();
+    if (!scale.empty()) t.scale = scale[i];
+    scaled |= t.scale != 1.0;
     t.dtype = dtype_of(values[i], kOp, "values");
     t.values = contiguous_data(values[i], "values");
     if (two) {
@@ -91,7 +96,7 @@ Pieces pieces_of(const std::vector<Tensor>& values, const std::vector<Tensor>& o
                     ": values: the number of elements does not fit 64 bits");
     pieces.tensors.push_back(t);
   }
-  pieces.problem = TopkProblem{pieces.tensors.data(), kind, wide};
+  pieces.problem = TopkProblem{pieces.tensors.data(), kind, wide, scaled};
   return pieces;
 }
 
@@ -129,8 +134,9 @@ int64_t for_each_worker(const std::vector<TopkChunk>& chunks, const F& f) {
 
 // Keys of about `wanted` elements, those outside `within` left out.
 Tensor sample_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>& other,
-                  const std::vector<Tensor>& within, int64_t score, bool wide, int64_t wanted) {
-  const Pieces p = pieces_of(values, other, within, {}, score, wide);
+                  const std::vector<Tensor>& within, const std::vector<double>& scale,
+                  int64_t score, bool wide, int64_t wanted) {
+  const Pieces p = pieces_of(values, other, within, {}, scale, score, wide);
   const std::vector<TopkChunk> chunks = p.chunks();
   wanted = std::max<int64_t>(0, std::min(wanted, p.elements));
   const int64_t key_bytes = wide ? 8 : 4;
@@ -148,13 +154,11 @@ Tensor sample_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>& 
 
 // Writes the masks as if bounds[1] were the threshold; returns the chunk table and the keys and
 // positions of the elements inside the bracket, as many as there are.
-std::tuple<Tensor, Tensor, Tensor> filter_cpu(const std::vector<Tensor>& values,
-                                              const std::vector<Tensor>& other,
-                                              const std::vector<Tensor>& within, int64_t score,
-                                              bool wide, const std::vector<Tensor>& masks,
-                                              const std::vector<int64_t>& bounds,
-                                              int64_t capacity) {
-  const Pieces p = pieces_of(values, other, within, masks, score, wide);
+std::tuple<Tensor, Tensor, Tensor> filter_cpu(
+    const std::vector<Tensor>& values, const std::vector<Tensor>& other,
+    const std::vector<Tensor>& within, const std::vector<double>& scale, int64_t score, bool wide,
+    const std::vector<Tensor>& masks, const std::vector<int64_t>& bounds, int64_t capacity) {
+  const Pieces p = pieces_of(values, other, within, masks, scale, score, wide);
   STD_TORCH_CHECK(bounds.size() == 4 && capacity >= 0, kOp, ": bounds: expected four keys");
   const TopkBracket bracket{{bounds[0], bounds[1], bounds[2], bounds[3]}};
   std::vector<TopkChunk> chunks = p.chunks();
@@ -216,9 +220,9 @@ std::tuple<Tensor, Tensor, Tensor> filter_cpu(const std::vector<Tensor>& values,
 
 // Counts the keys in [lo, hi], in bins of 2^topk_shift(lo, hi).
 Tensor histogram_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>& other,
-                     const std::vector<Tensor>& within, int64_t score, bool wide, int64_t lo,
-                     int64_t hi) {
-  const Pieces p = pieces_of(values, other, within, {}, score, wide);
+                     const std::vector<Tensor>& within, const std::vector<double>& scale,
+                     int64_t score, bool wide, int64_t lo, int64_t hi) {
+  const Pieces p = pieces_of(values, other, within, {}, scale, score, wide);
   STD_TORCH_CHECK(lo <= hi && lo >= topk_lowest_key(wide) && hi <= topk_highest_key(wide), kOp,
                   ": lo, hi: expected a range of keys, got ", lo, " to ", hi);
   const std::vector<TopkChunk> chunks = p.chunks();
@@ -283,10 +287,10 @@ std::vector<TopkChunk> chunks_of(const Tensor& table, const Pieces& p, int64_t c
 }
 
 void accept_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>& other,
-                const std::vector<Tensor>& within, int64_t score, bool wide,
-                const std::vector<Tensor>& masks, const Tensor& table, const Tensor& keys,
-                const Tensor& positions, int64_t key, int64_t ties) {
-  const Pieces p = pieces_of(values, other, within, masks, score, wide);
+                const std::vector<Tensor>& within, const std::vector<double>& scale, int64_t score,
+                bool wide, const std::vector<Tensor>& masks, const Tensor& table,
+                const Tensor& keys, const Tensor& positions, int64_t key, int64_t ties) {
+  const Pieces p = pieces_of(values, other, within, masks, scale, score, wide);
   check_dtype(keys, key_type(wide), kOp, "keys");
   check_dtype(positions, ScalarType::Short, kOp, "positions");
   contiguous_data(keys, "keys");
@@ -308,10 +312,10 @@ void accept_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>& ot
 // mask = 1 for the first `ties` of the elements with this key, all of them members of one class,
 // whose masks are alike so far.
 void settle_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>& other,
-                const std::vector<Tensor>& within, int64_t score, bool wide,
-                const std::vector<Tensor>& masks, const Tensor& table, bool of_top, int64_t key,
-                int64_t ties) {
-  const Pieces p = pieces_of(values, other, within, masks, score, wide);
+                const std::vector<Tensor>& within, const std::vector<double>& scale, int64_t score,
+                bool wide, const std::vector<Tensor>& masks, const Tensor& table, bool of_top,
+                int64_t key, int64_t ties) {
+  const Pieces p = pieces_of(values, other, within, masks, scale, score, wide);
   STD_TORCH_CHECK(masks.size() == values.size(), kOp, ": masks: expected one for each of values");
   const std::vector<TopkChunk> chunks = chunks_of(table, p, -1);
   std::vector<std::pair<const TopkChunk*, int64_t>> work;
@@ -348,10 +352,10 @@ struct Box {
 // Of the elements with this key, all of them members of one class: how many have a global index
 // in each bin of 2^shift from lo on. Chunks that lie in one bin are not read.
 Tensor tie_bins_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>& other,
-                    const std::vector<Tensor>& within, int64_t score, bool wide,
-                    const std::vector<Tensor>& masks, const Tensor& table, bool of_top, int64_t key,
-                    const Tensor& boxes, int64_t lo, int64_t shift) {
-  const Pieces p = pieces_of(values, other, within, masks, score, wide);
+                    const std::vector<Tensor>& within, const std::vector<double>& scale,
+                    int64_t score, bool wide, const std::vector<Tensor>& masks, const Tensor& table,
+                    bool of_top, int64_t key, const Tensor& boxes, int64_t lo, int64_t shift) {
+  const Pieces p = pieces_of(values, other, within, masks, scale, score, wide);
   STD_TORCH_CHECK(masks.size() == values.size(), kOp, ": masks: expected one for each of values");
   std::vector<TopkChunk> chunks = chunks_of(table, p, -1);
   check_dtype(boxes, ScalarType::Long, kOp, "boxes");
@@ -419,10 +423,10 @@ Tensor tie_bins_cpu(const std::vector<Tensor>& values, const std::vector<Tensor>
 }
 
 // The l2 norms of rows of scores, in float64, in the order of additions that the kernel fixes.
-Tensor norms_cpu(const Tensor& values, const std::vector<Tensor>& other, int64_t score,
-                 int64_t rows) {
+Tensor norms_cpu(const Tensor& values, const std::vector<Tensor>& other,
+                 const std::vector<double>& scale, int64_t score, int64_t rows) {
   const bool wide = true;  // not used
-  const Pieces p = pieces_of({values}, other, {}, {}, score, wide);
+  const Pieces p = pieces_of({values}, other, {}, {}, scale, score, wide);
   STD_TORCH_CHECK(rows >= 0 && (rows == 0 ? p.elements == 0 : p.elements % rows == 0), kOp,
                   ": rows: expected a divisor of ", p.elements, ", got ", rows);
   const int64_t cols = rows == 0 ? 0 : p.elements / rows;
@@ -436,28 +440,27 @@ Tensor norms_cpu(const Tensor& values, const std::vector<Tensor>& other, int64_t
 }  // namespace
 }  // namespace fastprune
 
+// What all passes over the factors take first.
+#define FASTPRUNE_PIECES \
+  "Tensor[] values, Tensor[] other, Tensor[] within, float[] scale, int score, bool wide"
+
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
-  m.def(
-      "topk_shard_sample(Tensor[] values, Tensor[] other, Tensor[] within, int score, bool wide, "
-      "int wanted) -> Tensor");
-  m.def(
-      "topk_shard_filter(Tensor[] values, Tensor[] other, Tensor[] within, int score, bool wide, "
-      "Tensor(a!)[] masks, int[] bounds, int capacity) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "topk_shard_histogram(Tensor[] values, Tensor[] other, Tensor[] within, int score, "
-      "bool wide, int lo, int hi) -> Tensor");
-  m.def(
-      "topk_shard_accept(Tensor[] values, Tensor[] other, Tensor[] within, int score, bool wide, "
-      "Tensor(a!)[] masks, Tensor chunks, Tensor keys, Tensor positions, int key, int ties) -> ()");
-  m.def(
-      "topk_shard_settle(Tensor[] values, Tensor[] other, Tensor[] within, int score, bool wide, "
-      "Tensor(a!)[] masks, Tensor chunks, bool of_top, int key, int ties) -> ()");
-  m.def(
-      "topk_shard_tie_bins(Tensor[] values, Tensor[] other, Tensor[] within, int score, bool wide, "
-      "Tensor(a!)[] masks, Tensor chunks, bool of_top, int key, Tensor boxes, int lo, int shift) "
-      "-> Tensor");
+  m.def("topk_shard_sample(" FASTPRUNE_PIECES ", int wanted) -> Tensor");
+  m.def("topk_shard_filter(" FASTPRUNE_PIECES
+        ", Tensor(a!)[] masks, int[] bounds, int capacity) -> (Tensor, Tensor, Tensor)");
+  m.def("topk_shard_histogram(" FASTPRUNE_PIECES ", int lo, int hi) -> Tensor");
+  m.def("topk_shard_accept(" FASTPRUNE_PIECES
+        ", Tensor(a!)[] masks, Tensor chunks, Tensor keys, Tensor positions, int key, int ties)"
+        " -> ()");
+  m.def("topk_shard_settle(" FASTPRUNE_PIECES
+        ", Tensor(a!)[] masks, Tensor chunks, bool of_top, int key, int ties) -> ()");
+  m.def("topk_shard_tie_bins(" FASTPRUNE_PIECES
+        ", Tensor(a!)[] masks, Tensor chunks, bool of_top, int key, Tensor boxes, int lo,"
+        " int shift) -> Tensor");
   m.def("topk_shard_bins(Tensor keys, int lo, int hi) -> Tensor");
-  m.def("topk_shard_norms(Tensor values, Tensor[] other, int score, int rows) -> Tensor");
+  m.def(
+      "topk_shard_norms(Tensor values, Tensor[] other, float[] scale, int score, int rows)"
+      " -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
   m.impl("topk_shard_sample", TORCH_BOX(&fastprune::sample_cpu));

@@ -13,8 +13,11 @@ from fastprune.build import build_info  # noqa: E402
 from fastprune.convert import accelerate, finalize  # noqa: E402
 from fastprune.masks import Masks  # noqa: E402
 from fastprune.ops import (  # noqa: E402
+    KeptScores,
     Pattern,
     global_topk_mask,
+    global_topk_sweep,
+    kept_scores,
     masked_conv2d,
     masked_linear,
     pack,
@@ -25,6 +28,7 @@ from fastprune.report import LayerReport, Report  # noqa: E402
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
+    "KeptScores",
     "LayerReport",
     "Masks",
     "Pattern",
@@ -36,6 +40,8 @@ __all__ = [
     "distributed",
     "finalize",
     "global_topk_mask",
+    "global_topk_sweep",
+    "kept_scores",
     "masked_conv2d",
     "masked_linear",
     "models",

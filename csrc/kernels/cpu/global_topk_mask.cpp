@@ -1,6 +1,7 @@
 #include "kernels/cpu/global_topk_mask.h"
 
 #include <cstring>
+#include <new>
 
 #include "kernels/cpu/topk_keys.h"
 
@@ -12,42 +13,64 @@ inline void for_each_block(const TopkProblem& problem, const TopkSpan& span, F f
   alignas(64) K keys[kBlock];
   for (int64_t at = span.begin; at < span.end; at += kBlock) {
     const int64_t n = span.end - at < kBlock ? span.end - at : kBlock;
-    const bool nan = make_keys(problem.score, problem.tensors[span.tensor], at, n, keys);
+    const bool nan = make_keys(problem, problem.tensors[span.tensor], at, n, keys);
     f(keys, at, n, nan);
   }
 }
 
+// The mask of elements [at, at + n), n <= 64, of a tensor.
+inline void put_mask(bool packed, uint64_t bits, int64_t at, int64_t n, uint8_t* mask) {
+  if (packed) {
+    std::memcpy(mask + at / 8, &bits, static_cast<size_t>((n + 7) / 8));
+  } else {
+    write_bits(bits, n, mask + at);
+  }
+}
+
+inline void put_mask(bool packed, bool kept, int64_t at, uint8_t* mask) {
+  if (!packed) {
+    mask[at] = kept ? 1 : 0;
+    return;
+  }
+  const uint8_t bit = static_cast<uint8_t>(1u << (at % 8));
+  mask[at / 8] = static_cast<uint8_t>((mask[at / 8] & ~bit) | (kept ? bit : 0));
+}
+
+// What one job sees of a chunk.
 template <typename K>
-void filter(const TopkProblem& problem, TopkChunk& chunk, const TopkBracket& bracket,
-            const TopkCandidates& out, int64_t& used) {
-  K bounds[4];
-  for (int i = 0; i < 4; ++i) bounds[i] = static_cast<K>(bracket.bounds[i]);
-  const bool ends = bounds[0] != bounds[1] || bounds[2] != bounds[3];
-  const TopkTensor& t = problem.tensors[chunk.span.tensor];
-  int64_t above_top = 0, top = 0, inside = 0, bottom = 0;
-  chunk.has_nan = false;
-  chunk.first = used;
-  for_each_block<K>(problem, chunk.span, [&](const K* keys, int64_t at, int64_t n, bool nan) {
-    chunk.has_nan |= nan;
+class Filter {
+ public:
+  Filter(const TopkJob& job, TopkChunk& chunk, int64_t& used)
+      : chunk_(chunk), out_(job.candidates), used_(used), packed_(job.problem->packed) {
+    for (int i = 0; i < 4; ++i) bounds_[i] = static_cast<K>(job.bracket.bounds[i]);
+    ends_ = bounds_[0] != bounds_[1] || bounds_[2] != bounds_[3];
+    mask_ = job.problem->tensors[chunk.span.tensor].mask;
+    chunk.has_nan = false;
+    chunk.first = used;
+    chunk.above = chunk.top = chunk.inside = chunk.bottom = 0;
+  }
+
+  void add(const K* keys, int64_t at, int64_t n, bool nan) {
+    int64_t over_top = 0, top = 0, inside = 0, bottom = 0, used = used_;
     for (int64_t i = 0; i < n; i += 64) {
-      const uint64_t over = greater_bits(keys + i, bounds[1]);
-      const uint64_t over_bottom = greater_bits(keys + i, bounds[2]);
-      write_bits(over, n - i < 64 ? n - i : 64, t.mask + at + i);
-      above_top += __builtin_popcountll(over);
+      const uint64_t over = greater_bits(keys + i, bounds_[1]);
+      const uint64_t over_bottom = greater_bits(keys + i, bounds_[2]);
+      put_mask(packed_, over, at + i, n - i < 64 ? n - i : 64, mask_);
+      over_top += __builtin_popcountll(over);
       uint64_t in = over_bottom & ~over;
       const int found = __builtin_popcountll(in);
       inside += found;
-      if (ends) {
-        top += __builtin_popcountll(over & ~greater_bits(keys + i, bounds[0]));
-        bottom += __builtin_popcountll(greater_bits(keys + i, bounds[3]) & ~over_bottom);
+      if (ends_) {
+        top += __builtin_popcountll(over & ~greater_bits(keys + i, bounds_[0]));
+        bottom += __builtin_popcountll(greater_bits(keys + i, bounds_[3]) & ~over_bottom);
       }
-      if (used + 64 > out.capacity) continue;
-      const int64_t position = at - chunk.span.begin + i;
+      if (used + 64 > out_.capacity) continue;
+      const int64_t position = at - chunk_.span.begin + i;
       int64_t slot = used;
       const auto append = [&] {
         const int bit = __builtin_ctzll(in | uint64_t{1} << 63);
-        static_cast<K*>(out.keys)[slot] = keys[i + bit];
-        out.positions[slot++] = static_cast<uint16_t>(position + bit);
+        static_cast<K*>(out_.keys)[slot] = keys[i + bit];
+        out_.positions[slot++] = static_cast<uint16_t>(position + bit);
         in &= in - 1;
       };
       // Mostly none to two of 64: two slots are written in any case, since branches that cannot be
@@ -57,11 +80,41 @@ void filter(const TopkProblem& problem, TopkChunk& chunk, const TopkBracket& bra
       while (in != 0) append();
       used += found;
     }
-  });
-  chunk.above = above_top - top;
-  chunk.top = top;
-  chunk.inside = inside;
-  chunk.bottom = bottom;
+    used_ = used;
+    chunk_.has_nan |= nan;
+    chunk_.above += over_top - top;
+    chunk_.top += top;
+    chunk_.inside += inside;
+    chunk_.bottom += bottom;
+  }
+
+ private:
+  TopkChunk& chunk_;
+  const TopkCandidates out_;
+  int64_t& used_;
+  const bool packed_;
+  bool ends_;
+  uint8_t* mask_;
+  K bounds_[4];
+};
+
+template <typename K>
+void filter_all(const TopkJob* jobs, int64_t n_jobs, int64_t begin, int64_t end) {
+  constexpr int64_t kTogether = 16;  // jobs that share a pass: their states stay in L1
+  for (int64_t first = 0; first < n_jobs; first += kTogether) {
+    const int64_t n = n_jobs - first < kTogether ? n_jobs - first : kTogether;
+    const TopkJob* group = jobs + first;
+    int64_t used[kTogether] = {};
+    for (int64_t c = begin; c < end; ++c) {
+      alignas(Filter<K>) char memory[kTogether * sizeof(Filter<K>)];
+      Filter<K>* filters = reinterpret_cast<Filter<K>*>(memory);
+      for (int64_t j = 0; j < n; ++j) new (filters + j) Filter<K>(group[j], group[j].chunks[c], used[j]);
+      for_each_block<K>(*group->problem, group->chunks[c].span,
+                        [&](const K* keys, int64_t at, int64_t count, bool nan) {
+                          for (int64_t j = 0; j < n; ++j) filters[j].add(keys, at, count, nan);
+                        });
+    }
+  }
 }
 
 template <typename K>
@@ -73,15 +126,29 @@ void histogram(const TopkProblem& problem, const TopkSpan& span, int64_t lo, int
 }
 
 template <typename K>
+void square_bins(const TopkProblem& problem, const TopkSpan& span, int64_t* counts, double* sums) {
+  constexpr int kShift = 8 * sizeof(K) - 16;
+  for_each_block<K>(problem, span, [&](const K* keys, int64_t, int64_t n, bool) {
+    for (int64_t i = 0; i < n; ++i) {
+      if (keys[i] < 0) continue;  // not a candidate
+      const double w = score_of(problem, keys[i]);
+      const int64_t bin = static_cast<int64_t>(keys[i] >> kShift);
+      ++counts[bin];
+      sums[bin] += w * w;
+    }
+  });
+}
+
+template <typename K>
 void accept(const TopkProblem& problem, const TopkChunk& chunk, const TopkCandidates& candidates,
             int64_t key, int64_t& ties) {
-  uint8_t* mask = problem.tensors[chunk.span.tensor].mask + chunk.span.begin;
+  uint8_t* mask = problem.tensors[chunk.span.tensor].mask;
   const K* keys = static_cast<const K*>(candidates.keys) + chunk.first;
   const uint16_t* positions = candidates.positions + chunk.first;
   for (int64_t i = 0; i < chunk.inside; ++i) {
     const bool tie = keys[i] == key && ties > 0;
     ties -= tie ? 1 : 0;
-    mask[positions[i]] = keys[i] > key || tie ? 1 : 0;
+    put_mask(problem.packed, keys[i] > key || tie, chunk.span.begin + positions[i], mask);
   }
 }
 
@@ -97,6 +164,14 @@ void settle_ties(const TopkProblem& problem, const TopkSpan& span, K key, int64_
       int64_t surplus = __builtin_popcountll(equal) - ties;
       for (; surplus > 0; --surplus) kept &= ~(uint64_t{1} << (63 - __builtin_clzll(kept)));
       ties -= __builtin_popcountll(kept);
+      if (problem.packed) {
+        uint64_t bits = 0;
+        const size_t bytes = static_cast<size_t>(((n - i < 64 ? n - i : 64) + 7) / 8);
+        std::memcpy(&bits, mask + (at + i) / 8, bytes);
+        bits = (bits & ~equal) | kept;
+        std::memcpy(mask + (at + i) / 8, &bits, bytes);
+        continue;
+      }
       uint8_t is_equal[64], is_kept[64];
       write_bits(equal, 64, is_equal);
       write_bits(kept, 64, is_kept);
@@ -108,34 +183,47 @@ void settle_ties(const TopkProblem& problem, const TopkSpan& span, K key, int64_
   });
 }
 
-// Keys of `count` elements at the given offsets of one tensor.
+// The elements at the given places of one tensor.
 template <typename T, typename S>
-void gather(const void* from, const int64_t* offsets, int64_t count, T* out) {
+void gather(const void* from, const TopkStrides* strides, const int64_t* places, int64_t count,
+            T* out) {
   const S* p = static_cast<const S*>(from);
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(widen(p[offsets[i]]));
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = strides == nullptr ? places[i] : strided_offset(*strides, places[i]);
+    out[i] = static_cast<T>(widen(p[at]));
+  }
 }
 
 template <typename T>
-void gather(DType dtype, const void* from, const int64_t* offsets, int64_t count, T* out) {
+void gather(DType dtype, const void* from, const TopkStrides* strides, const int64_t* places,
+            int64_t count, T* out) {
   switch (dtype) {
     case DType::f32:
-      return gather<T, float>(from, offsets, count, out);
+      return gather<T, float>(from, strides, places, count, out);
     case DType::f64:
-      return gather<T, double>(from, offsets, count, out);
+      return gather<T, double>(from, strides, places, count, out);
     case DType::bf16:
-      return gather<T, BFloat16>(from, offsets, count, out);
+      return gather<T, BFloat16>(from, strides, places, count, out);
     default:
-      return gather<T, Float16>(from, offsets, count, out);
+      return gather<T, Float16>(from, strides, places, count, out);
   }
 }
 
 template <typename T, typename K>
-int64_t sample_keys(TopkScore score, const TopkTensor& t, const int64_t* offsets, int64_t count,
-                    K* keys) {
+int64_t sample_keys(const TopkProblem& problem, const TopkTensor& t, const int64_t* offsets,
+                    int64_t count, K* keys) {
   alignas(64) T a[kBlock], b[kBlock];
-  gather(t.dtype, t.values, offsets, count, a);
-  if (t.other != nullptr) gather(t.other_dtype, t.other, offsets, count, b);
-  fuse_keys(score, a, t.other == nullptr ? a : b, count, keys);
+  if (problem.score == TopkScore::noise) {
+    for (int64_t i = 0; i < count; ++i) {
+      a[i] = static_cast<T>(uniform(problem.seed, t.first + offsets[i]));
+    }
+  } else {
+    gather(t.dtype, t.values, t.values_strides, offsets, count, a);
+  }
+  if (t.other != nullptr) gather(t.other_dtype, t.other, t.other_strides, offsets, count, b);
+  const T* second = t.other == nullptr ? a : b;
+  problem.scaled ? scaled_keys(problem.score, a, second, static_cast<T>(t.scale), count, keys)
+                 : fuse_keys(problem.score, a, second, count, keys);
   if (t.within == nullptr) return count;
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -164,11 +252,11 @@ int64_t sample(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_ch
       const bool leave = at >= end || i == wanted;
       if (count == kBlock || (leave && count > 0)) {
         if constexpr (sizeof(K) == 8) {
-          found += is_double(t)
-                       ? sample_keys<double>(problem.score, t, offsets, count, keys + found)
-                       : sample_keys<float>(problem.score, t, offsets, count, keys + found);
+          found += is_double(problem, t)
+                       ? sample_keys<double>(problem, t, offsets, count, keys + found)
+                       : sample_keys<float>(problem, t, offsets, count, keys + found);
         } else {
-          found += sample_keys<float>(problem.score, t, offsets, count, keys + found);
+          found += sample_keys<float>(problem, t, offsets, count, keys + found);
         }
         count = 0;
       }
@@ -192,7 +280,7 @@ TopkStatus direct(const TopkProblem& problem, const TopkSpan* spans, int64_t n_s
     restricted |= t.within != nullptr;
     for (int64_t at = spans[s].begin; at < spans[s].end; at += kBlock) {
       const int64_t n = spans[s].end - at < kBlock ? spans[s].end - at : kBlock;
-      if (make_keys(problem.score, t, at, n, keys + total)) {
+      if (make_keys(problem, t, at, n, keys + total)) {
         return {TopkStatus::has_nan, s, 0};
       }
       total += n;  // the padding is overwritten by the next block
@@ -212,38 +300,75 @@ TopkStatus direct(const TopkProblem& problem, const TopkSpan* spans, int64_t n_s
   const K* key = keys;
   for (int64_t s = 0; s < n_spans; ++s) {
     const int64_t n = spans[s].end - spans[s].begin;
-    uint8_t* mask = problem.tensors[spans[s].tensor].mask + spans[s].begin;
-    for (int64_t i = 0; i < n; ++i) mask[i] = key[i] > bound ? 1 : 0;
+    uint8_t* mask = problem.tensors[spans[s].tensor].mask;
+    if (problem.packed) {  // whole words: bits past the end are 0
+      for (int64_t i = 0; i < n; i += 64) {
+        const int64_t count = n - i < 64 ? n - i : 64;
+        uint64_t bits = 0;
+        for (int64_t j = 0; j < count; ++j) bits |= static_cast<uint64_t>(key[i + j] > bound) << j;
+        put_mask(true, bits, spans[s].begin + i, count, mask);
+      }
+    } else {
+      mask += spans[s].begin;
+      for (int64_t i = 0; i < n; ++i) mask[i] = key[i] > bound ? 1 : 0;
+      mask -= spans[s].begin;
+    }
     for (int64_t i = 0; i < n && ties > 0; ++i) {
-      if (key[i] == bound) mask[i] = 1, --ties;
+      if (key[i] == bound) put_mask(problem.packed, true, spans[s].begin + i, mask), --ties;
     }
     key += n;
   }
   return {TopkStatus::ok, 0, present};
 }
 
-template <TopkScore S, typename T>
-void square_scores(const T* a, const T* b, int64_t n, double* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double score = fuse<S>(a[i], b[i]);
-    out[i] = score * score;
+template <typename K>
+TopkKept kept(const TopkProblem& problem, const TopkSpan& span) {
+  TopkTensor t = problem.tensors[span.tensor];
+  t.within = nullptr;  // the mask says more
+  uint8_t bytes[kBlock];
+  alignas(64) K keys[kBlock];
+  TopkKept result{0, 0.0, 0.0};
+  K least = KeyTraits<K>::highest;
+  double sums[8] = {};
+  for (int64_t at = span.begin; at < span.end; at += kBlock) {
+    const int64_t n = span.end - at < kBlock ? span.end - at : kBlock;
+    const uint8_t* mask = t.mask + at;
+    if (problem.packed) {
+      for (int64_t i = 0; i < n; i += 64) {
+        uint64_t bits = 0;
+        const int64_t count = n - i < 64 ? n - i : 64;
+        std::memcpy(&bits, t.mask + (at + i) / 8, static_cast<size_t>((count + 7) / 8));
+        write_bits(bits, 64, bytes + i);
+      }
+      mask = bytes;
+    }
+    make_keys(problem, t, at, n, keys);
+    for (int64_t i = 0; i < n; ++i) {
+      const bool is_kept = mask[i] != 0;
+      result.count += is_kept ? 1 : 0;
+      least = is_kept && keys[i] < least ? keys[i] : least;
+      sums[i % 8] += is_kept ? score_of(problem, keys[i]) : 0.0;
+    }
   }
+  for (int half = 4; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  result.sum = sums[0];
+  result.least = result.count > 0 ? score_of(problem, least) : __builtin_inf();
+  return result;
 }
 
 template <typename T>
-void square_scores(TopkScore score, const TopkTensor& t, int64_t begin, int64_t n, double* out) {
-  alignas(64) T buffer_a[kBlock], buffer_b[kBlock];
-  const T* a = as_scores<T>(t.dtype, t.values, begin, n, buffer_a);
-  const T* b = t.other == nullptr ? a : as_scores<T>(t.other_dtype, t.other, begin, n, buffer_b);
-  switch (score) {
-    case TopkScore::identity:
-    case TopkScore::magnitude:
-      return square_scores<TopkScore::identity>(a, a, n, out);
-    case TopkScore::product:
-    case TopkScore::saliency:
-      return square_scores<TopkScore::product>(a, b, n, out);
-    default:
-      return square_scores<TopkScore::square>(a, a, n, out);
+void square_scores(const TopkProblem& problem, const TopkTensor& t, int64_t begin, int64_t n,
+                   double* out) {
+  alignas(64) T buffer_a[kBlock], buffer_b[kBlock], scores[kBlock];
+  const T* a = first_factor(problem, t, begin, n, buffer_a);
+  fuse_scores(problem.score, a, second_factor(t, begin, n, a, buffer_b), n, scores);
+  const T scale = static_cast<T>(t.scale);
+  for (int64_t i = 0; problem.scaled && i < n; ++i) scores[i] *= scale;
+  for (int64_t i = 0; i < n; ++i) {
+    const double score = scores[i];
+    out[i] = score * score;
   }
 }
 
@@ -286,11 +411,17 @@ TopkThreshold topk_select(bool wide, void* keys, int64_t n, int64_t rank, void* 
 
 void topk_filter(const TopkProblem& problem, TopkChunk* chunks, int64_t begin, int64_t end,
                  const TopkBracket& bracket, const TopkCandidates& candidates) {
-  int64_t used = 0;
-  for (int64_t c = begin; c < end; ++c) {
-    problem.wide ? filter<int64_t>(problem, chunks[c], bracket, candidates, used)
-                 : filter<int32_t>(problem, chunks[c], bracket, candidates, used);
-  }
+  const TopkJob job{&problem, chunks, bracket, candidates};
+  topk_filter_all(&job, 1, begin, end);
+}
+
+void topk_filter_all(const TopkJob* jobs, int64_t n_jobs, int64_t begin, int64_t end) {
+  jobs->problem->wide ? filter_all<int64_t>(jobs, n_jobs, begin, end)
+                      : filter_all<int32_t>(jobs, n_jobs, begin, end);
+}
+
+TopkKept topk_kept(const TopkProblem& problem, const TopkSpan& span) {
+  return problem.wide ? kept<int64_t>(problem, span) : kept<int32_t>(problem, span);
 }
 
 void topk_histogram(const TopkProblem& problem, const TopkChunk* chunks, int64_t begin, int64_t end,
@@ -301,6 +432,14 @@ void topk_histogram(const TopkProblem& problem, const TopkChunk* chunks, int64_t
                  : histogram<int32_t>(problem, chunks[c].span, lo, hi, bins);
   }
   for (int64_t b = 0; b < kTopkBins; ++b) out[b] += bins[0][b] + bins[1][b];
+}
+
+void topk_square_bins(const TopkProblem& problem, const TopkChunk* chunks, int64_t begin,
+                      int64_t end, int64_t* counts, double* sums) {
+  for (int64_t c = begin; c < end; ++c) {
+    problem.wide ? square_bins<int64_t>(problem, chunks[c].span, counts, sums)
+                 : square_bins<int32_t>(problem, chunks[c].span, counts, sums);
+  }
 }
 
 void topk_accept(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
@@ -346,8 +485,8 @@ void topk_norms(const TopkProblem& problem, int64_t tensor, int64_t cols, int64_
     double lanes[16] = {};
     for (int64_t at = 0; at < cols; at += kBlock) {
       int64_t n = cols - at < kBlock ? cols - at : kBlock;
-      is_double(t) ? square_scores<double>(problem.score, t, r * cols + at, n, squares)
-                   : square_scores<float>(problem.score, t, r * cols + at, n, squares);
+      is_double(problem, t) ? square_scores<double>(problem, t, r * cols + at, n, squares)
+                            : square_scores<float>(problem, t, r * cols + at, n, squares);
       for (; n % 16 != 0; ++n) squares[n] = 0.0;
       add_lanes(squares, n, lanes);
     }

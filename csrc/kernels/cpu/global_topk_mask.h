@@ -1,8 +1,9 @@
 // Exact selection of the k best scores over many tensors, scores computed on the fly.
 //
-// A score becomes an integer key whose signed order is the order of the scores: -0 and +0 share a
+// A score is computed in float32, or in float64 where a factor is float64 or it is noise, and
+// becomes an integer key whose signed order is the order of the scores: -0 and +0 share a
 // key, NaN gets the largest, and an element outside `within` gets the smallest. Keys are 32 bits,
-// or 64 ("wide") where a factor is float64; they live only in blocks that stay in the L1 cache.
+// or 64 ("wide") where a score is float64; they live only in blocks that stay in the L1 cache.
 //
 // One pass over the factors usually suffices: a bracket around the threshold is guessed from a
 // sample, the pass writes the masks as if the bracket's upper end were the threshold, counts, and
@@ -18,22 +19,38 @@
 
 namespace fastprune {
 
-enum class TopkScore : int { identity, magnitude, product, saliency, square };
+// noise: uniform in [0, 1), a function of the seed and the element's index; factors are not read.
+enum class TopkScore : int { identity, magnitude, product, saliency, square, noise };
+
+// Where the elements of a tensor that is not contiguous lie, in row-major order of their indices.
+constexpr int kTopkDims = 8;
+struct TopkStrides {
+  int dims;  // at least 1
+  int64_t sizes[kTopkDims];
+  int64_t strides[kTopkDims];  // in elements
+};
 
 struct TopkTensor {
   const void* values;     // numel elements of `dtype`
   const void* other;      // numel elements of `other_dtype`, or null
   const uint8_t* within;  // numel bytes, nonzero = candidate, or null: all are
-  uint8_t* mask;          // numel bytes, written with 0 or 1
+  uint8_t* mask;          // numel bytes, written with 0 or 1; with `packed` one bit per element
   int64_t numel;
   DType dtype;
   DType other_dtype;
+  const TopkStrides* values_strides = nullptr;  // null: contiguous
+  const TopkStrides* other_strides = nullptr;
+  double scale = 1.0;  // multiplies the score, rounded to the score's type
+  int64_t first = 0;   // index of its first element among all tensors', for noise
 };
 
 struct TopkProblem {
   const TopkTensor* tensors;
   TopkScore score;
-  bool wide;  // 64-bit keys; required where a factor is float64
+  bool wide;            // 64-bit keys; required where a score is computed in float64
+  bool scaled = false;  // some scale is not 1: scores are then signed, whatever their kind
+  bool packed = false;  // masks of bits, the lowest of a byte first; spans begin at multiples of 64
+  uint64_t seed = 0;    // of the noise
 };
 
 // Elements [begin, end) of one tensor.
@@ -43,6 +60,7 @@ struct TopkSpan {
 
 constexpr int64_t kTopkChunk = 32768;  // elements; a position inside a chunk fits 16 bits
 constexpr int64_t kTopkBins = 2048;    // of a histogram
+constexpr int64_t kTopkSquareBins = 32768;  // of magnitudes: the upper half of a nonnegative key
 
 // Splits the keys into five classes: above > bounds[0] >= top > bounds[1] >= inside > bounds[2]
 // >= bottom > bounds[3] >= below. `top` and `bottom` hold one key each, or none: a massed value at
@@ -64,6 +82,20 @@ struct TopkCandidates {
   void* keys;           // int32 or, wide, int64; room for capacity
   uint16_t* positions;  // inside their chunk
   int64_t capacity;     // past it, elements are counted but not kept
+};
+
+// What one selection of a pass is after: all of them share the factors, scores and restrictions.
+struct TopkJob {
+  const TopkProblem* problem;  // whose masks are written
+  TopkChunk* chunks;
+  TopkBracket bracket;
+  TopkCandidates candidates;
+};
+
+// Of the kept elements of some span: how many, the least score and the sum of scores.
+struct TopkKept {
+  int64_t count;
+  double least, sum;  // +infinity and 0 where there is none
 };
 
 // The rank-th largest of some keys: `above` keys are larger, `equal` are the same.
@@ -123,9 +155,17 @@ FASTPRUNE_PER_ISA(
     // counts from its start) and writes the masks: 1 for the classes above and top, else 0.
     void topk_filter(const TopkProblem& problem, TopkChunk* chunks, int64_t begin, int64_t end,
                      const TopkBracket& bracket, const TopkCandidates& candidates);
+    // The same for several selections: the factors are read once.
+    void topk_filter_all(const TopkJob* jobs, int64_t n_jobs, int64_t begin, int64_t end);
+    // What the finished mask keeps of a span; NaN scores that are not kept do not count.
+    TopkKept topk_kept(const TopkProblem& problem, const TopkSpan& span);
     // Adds the keys in [lo, hi] of the chunks [begin, end) to histogram[kTopkBins].
     void topk_histogram(const TopkProblem& problem, const TopkChunk* chunks, int64_t begin,
                         int64_t end, int64_t lo, int64_t hi, int64_t* histogram);
+    // Adds the elements of the chunks [begin, end) to bins of the upper bits of their keys, which
+    // are magnitudes: how many, and the sum of squares in float64, in order. A NaN makes it NaN.
+    void topk_square_bins(const TopkProblem& problem, const TopkChunk* chunks, int64_t begin,
+                          int64_t end, int64_t* counts, double* sums);
     // mask = 1 for the chunks' candidates above the threshold and the first `ties` equal to it.
     void topk_accept(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
                      const TopkCandidates& candidates, int64_t key, int64_t ties);

@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/global_topk_mask.h"
 #include "kernels/cpu/simd.h"
+#include "kernels/cpu/topk_factors.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -15,7 +16,6 @@
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;        // elements whose keys are in flight; a multiple of 64
 constexpr int64_t kBisectable = 32768;  // fewer keys are sooner counted a few times than binned
 
 template <typename K>
@@ -83,54 +83,50 @@ K fuse_keys(TopkScore score, const T* a, const T* b, int64_t n, K* keys) {
       return fuse_keys<TopkScore::product>(a, b, n, keys);
     case TopkScore::saliency:
       return fuse_keys<TopkScore::saliency>(a, b, n, keys);
-    default:
+    case TopkScore::square:
       return fuse_keys<TopkScore::square>(a, a, n, keys);
+    case TopkScore::noise:
+      break;
   }
+  return fuse_keys<TopkScore::magnitude>(a, a, n, keys);  // noise is not negative
 }
 
-template <typename S, typename T>
-const T* convert(const void* from, int64_t begin, int64_t n, T* buffer) {
-  const S* p = static_cast<const S*>(from) + begin;
-  int64_t i = 0;
-#if defined(__F16C__)
-  if constexpr (std::is_same_v<S, Float16> && std::is_same_v<T, float>) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
-      _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(halves));
-    }
-  }
-#endif
-  for (; i < n; ++i) buffer[i] = static_cast<T>(widen(p[i]));
-  return buffer;
-}
-
-// Elements [begin, begin + n) as T: in place where they are stored so, else through the buffer.
+// The score of a block, as it is ranked but for the sign of those that drop theirs.
 template <typename T>
-const T* as_scores(DType dtype, const void* from, int64_t begin, int64_t n, T* buffer) {
-  switch (dtype) {
-    case DType::f32:
-      if constexpr (sizeof(T) == 4) return static_cast<const T*>(from) + begin;
-      return convert<float>(from, begin, n, buffer);
-    case DType::f64:
-      if constexpr (sizeof(T) == 8) return static_cast<const T*>(from) + begin;
-      return buffer;  // not reached: float64 factors are computed in double
-    case DType::bf16:
-      return convert<BFloat16>(from, begin, n, buffer);
+void fuse_scores(TopkScore score, const T* a, const T* b, int64_t n, T* out) {
+  switch (score) {
+    case TopkScore::product:
+    case TopkScore::saliency:
+      for (int64_t i = 0; i < n; ++i) out[i] = fuse<TopkScore::product>(a[i], b[i]);
+      return;
+    case TopkScore::square:
+      for (int64_t i = 0; i < n; ++i) out[i] = fuse<TopkScore::square>(a[i], a[i]);
+      return;
     default:
-      return convert<Float16>(from, begin, n, buffer);
+      std::memcpy(out, a, static_cast<size_t>(n) * sizeof(T));
   }
 }
 
-inline bool is_double(const TopkTensor& t) {
-  return t.dtype == DType::f64 || (t.other != nullptr && t.other_dtype == DType::f64);
+// Keys of n <= kBlock scores times `scale`, rounded to T once more.
+template <typename T, typename K>
+K scaled_keys(TopkScore score, const T* a, const T* b, T scale, int64_t n, K* keys) {
+  alignas(64) T scores[kBlock];
+  fuse_scores(score, a, b, n, scores);
+  const bool positive = score == TopkScore::magnitude || score == TopkScore::saliency;
+  for (int64_t i = 0; i < n; ++i) {
+    const T s = positive && scores[i] < 0 ? -scores[i] : scores[i];
+    scores[i] = s * scale;
+  }
+  return fuse_keys<TopkScore::identity>(scores, scores, n, keys);
 }
 
 template <typename T, typename K>
-K keys_through(TopkScore score, const TopkTensor& t, int64_t begin, int64_t n, K* keys) {
+K keys_through(const TopkProblem& problem, const TopkTensor& t, int64_t begin, int64_t n, K* keys) {
   alignas(64) T buffer_a[kBlock], buffer_b[kBlock];
-  const T* a = as_scores<T>(t.dtype, t.values, begin, n, buffer_a);
-  const T* b = t.other == nullptr ? a : as_scores<T>(t.other_dtype, t.other, begin, n, buffer_b);
-  return fuse_keys(score, a, b, n, keys);
+  const T* a = first_factor(problem, t, begin, n, buffer_a);
+  const T* b = second_factor(t, begin, n, a, buffer_b);
+  return problem.scaled ? scaled_keys(problem.score, a, b, static_cast<T>(t.scale), n, keys)
+                        : fuse_keys(problem.score, a, b, n, keys);
 }
 
 template <typename K>
@@ -150,19 +146,31 @@ K largest_key(const K* keys, int64_t n) {
 
 // Keys of n <= kBlock elements, padded with the lowest key to a multiple of 64. True: one is NaN.
 template <typename K>
-bool make_keys(TopkScore score, const TopkTensor& t, int64_t begin, int64_t n, K* keys) {
+bool make_keys(const TopkProblem& problem, const TopkTensor& t, int64_t begin, int64_t n,
+               K* keys) {
   using Traits = KeyTraits<K>;
   K largest;
   if constexpr (sizeof(K) == 8) {
-    largest = is_double(t) ? keys_through<double>(score, t, begin, n, keys)
-                           : keys_through<float>(score, t, begin, n, keys);
+    largest = is_double(problem, t) ? keys_through<double>(problem, t, begin, n, keys)
+                                    : keys_through<float>(problem, t, begin, n, keys);
   } else {
-    largest = keys_through<float>(score, t, begin, n, keys);
+    largest = keys_through<float>(problem, t, begin, n, keys);
   }
   for (int64_t i = n; i % 64 != 0; ++i) keys[i] = Traits::lowest;
   if (t.within == nullptr) return largest > Traits::infinity;
   restrict_keys(t.within + begin, n, keys);
   return largest > Traits::infinity && largest_key(keys, n) > Traits::infinity;
+}
+
+// The score that a key stands for; -0 became +0.
+template <typename K>
+double score_of(const TopkProblem& problem, K key) {
+  const bool is_signed = problem.scaled || problem.score == TopkScore::identity ||
+                         problem.score == TopkScore::product;
+  if (is_signed && key < 0) key ^= KeyTraits<K>::highest;
+  typename KeyTraits<K>::Score score;
+  std::memcpy(&score, &key, sizeof(K));
+  return score;
 }
 
 // ---- 64 keys at a time --------------------------------------------------------------------------

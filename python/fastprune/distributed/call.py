@@ -26,7 +26,7 @@ from fastprune.distributed.layout import (
 from fastprune.distributed.link import Link, ProcessGroups, Ranks
 from fastprune.distributed.parts import KINDS, Box, Inputs
 from fastprune.distributed.selection import Problem, Rounds, run, select
-from fastprune.reference.global_topk_mask import filter_norms, fuse_score, rows_of
+from fastprune.reference.global_topk_mask import filter_norms, fuse_score, pack_bits, rows_of
 
 Layout = Literal["distinct", "replicated"]
 _OP = "global_topk_mask"
@@ -38,10 +38,11 @@ class _Call:
     """What one rank was given, once it is known to be sound."""
 
     inputs: Inputs
+    frozen: list[bool]
+    more: dict[str, Any]  # arguments as they were given
     shards: list[Shard] = field(default_factory=list)  # of DTensors
     shapes: list[torch.Size] = field(default_factory=list)  # of the whole tensors
     sharded: list[Any] = field(default_factory=list)  # the DTensors
-    names: Sequence[str] | None = None
 
     def places(self, counted: bool, among: Sequence[int]) -> list[int]:
         """The tensors that this rank answers for, or the others."""
@@ -51,17 +52,20 @@ class _Call:
 def over_ranks(
     scores: Sequence[Tensor],
     density: float | None,
-    *,
     k: int | Sequence[int] | None,
     scope: str,
     score: str,
     other: Sequence[Tensor] | None,
     within: Sequence[Tensor] | None,
-    names: Sequence[str] | None,
     group: Any,
     ranks: Layout,
+    more: dict[str, Any],
 ) -> list[Tensor]:
-    """What :func:`fastprune.global_topk_mask` does with ``group`` or with DTensors."""
+    """What :func:`fastprune.global_topk_mask` does with ``group`` or with DTensors.
+
+    ``more``: its arguments ``scale``, ``seed``, ``frozen``, ``min_per_tensor``, ``packed`` and
+    ``names``.
+    """
     link, mesh = _link(scores, group)
     calls: list[_Call] = []
 
@@ -73,14 +77,20 @@ def over_ranks(
                 f"{_OP}: group, ranks: DTensors say themselves how they are spread over which "
                 "ranks: leave both out"
             )
-        call = _checked(scores, scope, score, other, within, names, mesh, ranks == "replicated")
+        local = ranks == "replicated" or (mesh is None and scope in ("layer", "neuron"))
+        call = _checked(scores, scope, score, other, within, mesh, ranks == "replicated", more)
+        if not local:
+            _check_served(score, scope, mesh, more)
         _check_counts(density, k, scope)
         calls.append(call)
-        alike: list[Any] = [density, k, scope, score, other is None, within is None, ranks]
-        if scope in ("layer", "neuron") and mesh is None and ranks == "distinct":
-            alike[1] = None  # every rank has counts for its own tensors
+        own = {"names", "scale", "frozen"}  # each rank may have others for its own tensors
+        alike = [density, k, scope, score, other is None, within is None, ranks]
+        if local and ranks == "distinct":
+            alike[1] = None  # counts too
         if mesh is not None or ranks == "replicated":
             alike += [call.shapes, [v.dtype for v in (*call.inputs.values, *call.inputs.other)]]
+            own = {"names"}
+        alike += [(name, value) for name, value in more.items() if name not in own]
         seal = digest_of_text(alike)
         return torch.tensor([int(call.inputs.wide), seal, ~seal])
 
@@ -101,8 +111,29 @@ def over_ranks(
             masks = _filters(link, call, density, k)
         else:
             masks = _elements(link, call, density, k, scope)
+        if more["packed"]:
+            link.vote(lambda: masks.__setitem__(slice(None), [pack_bits(m) for m in masks]))
         _compare_copies(link, call, masks, mesh)
     return _wrapped(call, masks)
+
+
+def _check_served(score: str, scope: str, mesh: Any, more: dict[str, Any]) -> None:
+    """Refuses what only one machine can do, where elements of several ranks compete."""
+    if score in ("noise", "lamp"):
+        kinds = ", ".join(KINDS)
+        raise ValueError(
+            f"{_OP}: score: expected one of {kinds} where the elements of several ranks compete, "
+            f"got {score!r}"
+        )
+    if more["min_per_tensor"] != 0:
+        raise ValueError(
+            f"{_OP}: min_per_tensor: expected 0 where the elements of several ranks compete, "
+            f"got {more['min_per_tensor']!r}"
+        )
+    if more["packed"] and mesh is not None:
+        raise ValueError(f"{_OP}: packed: expected False with DTensors, got True")
+    if more["frozen"] is not None and scope not in ("global", "filter"):
+        raise ValueError(f"{_OP}: frozen: expected scope 'global' or 'filter', got {scope!r}")
 
 
 def _link(scores: Any, group: Any) -> tuple[Link, Any]:
@@ -140,32 +171,20 @@ def _checked(
     score: str,
     other: Any,
     within: Any,
-    names: Any,
     mesh: Any,
     replicated: bool,
+    more: dict[str, Any],
 ) -> _Call:
     """The arguments of this rank, contiguous, without masks.
 
     Raises:
         ValueError, TypeError: as ``global_topk_mask`` on one machine.
     """
-    from fastprune.ops.global_topk_mask import global_topk_mask  # it hands over to this module
+    from fastprune.ops.topk_call import TopkCall  # beside what hands over to this module
+    from fastprune.ops.topk_restricted import check_frozen
 
-    if score not in KINDS and isinstance(score, str):
-        kinds = ", ".join(KINDS)
-        raise ValueError(f"{_OP}: score: expected one of {kinds} over many ranks, got {score!r}")
+    # A rank may have no tensors: then what else it says is checked with one of size 1.
     n = len(scores) if isinstance(scores, Sequence) else 0
-    named = names if not isinstance(names, str) and names is not None and len(names) == n else None
-    labels = [f"[{i}]" if named is None else f"[{i}] ({named[i]})" for i in range(n)]
-    shards: list[Shard] = []
-    if mesh is not None:
-        for name, given in (("scores", scores), ("other", other), ("within", within)):
-            for i, t in enumerate(given if isinstance(given, Sequence) else ()):
-                like = scores[i] if name != "scores" and i < n else None
-                shard = shard_of(t, mesh, f"{name}{labels[i] if i < n else [i]}", like)
-                if name == "scores":
-                    shards.append(shard)
-    # The one-machine op checks everything but data: on tensors without any. A rank may have none.
     nothing = not n and isinstance(scores, Sequence) and mesh is None and not replicated
     dummy = [torch.empty(1, device="meta")] * 2 + [torch.empty(1, device="meta").bool()]
     lists = (scores, other, within)
@@ -173,15 +192,26 @@ def _checked(
         [d] if nothing and given is not None and not len(given) else _without_data(given)
         for given, d in zip(lists, dummy, strict=True)
     ]
-    global_topk_mask(
+    alone = TopkCall.check(
         shapes[0],
-        k=[0] * len(shapes[0]) if scope in ("layer", "neuron") else 0,
-        scope=scope,  # type: ignore[arg-type]
-        score=score,  # type: ignore[arg-type]
-        other=shapes[1],
-        within=shapes[2],
-        names=None if nothing else names,
+        scope,
+        score,
+        shapes[1],
+        shapes[2],
+        None if nothing else more["scale"],
+        more["seed"],
+        more["packed"],
+        None if nothing else more["names"],
     )
+    labels = [] if nothing else alone.labels
+    shards: list[Shard] = []
+    if mesh is not None:
+        for name, given in (("scores", scores), ("other", other), ("within", within)):
+            for i, t in enumerate(given or ()):
+                like = None if name == "scores" else scores[i]
+                shard = shard_of(t, mesh, f"{name}{labels[i]}", like)
+                if name == "scores":
+                    shards.append(shard)
     values, factors, allowed = (
         [(t.detach() if mesh is None else local_of(t)).contiguous() for t in given or ()]
         for given in lists
@@ -195,7 +225,8 @@ def _checked(
                     f"got {t.device}"
                 )
     whole = [t.shape for t in scores]
-    inputs = Inputs(values, factors, allowed, [], _boxes(whole, shards), labels, score)
+    scale = [] if nothing or more["scale"] is None else alone.scale
+    inputs = Inputs(values, factors, allowed, [], _boxes(whole, shards), labels, scale, score)
     inputs.wide = any(t.dtype == torch.float64 for t in (*values, *factors))
     if mesh is not None and scope in ("neuron", "filter"):
         for label, shard, t in zip(labels, shards, scores, strict=True):
@@ -204,7 +235,8 @@ def _checked(
                     f"{_OP}: scores{label}: expected whole rows on every rank with scope "
                     f"{scope!r}, got placements {t.placements}"
                 )
-    return _Call(inputs, shards, whole, list(scores) if mesh is not None else [], names)
+    frozen = list(check_frozen(more["frozen"], n))
+    return _Call(inputs, frozen, more, shards, whole, list(scores) if mesh is not None else [])
 
 
 def _without_data(given: Any) -> Any:
@@ -283,23 +315,34 @@ def _selected(
 ) -> list[Tensor]:
     """Masks of the inputs, one selection for each list of tensors in ``units``."""
 
+    whole = [i for i, frozen in enumerate(call.frozen) if frozen]
+    units = [[i for i in unit if not call.frozen[i]] for unit in units]
+
     def sizes() -> Tensor:
         # Pages of masks are not touched before the filter pass.
         inputs.masks = [torch.empty_like(v, dtype=torch.bool) for v in inputs.values]
-        counted = [inputs.chosen(call.places(True, unit)) for unit in units]
+        for i in whole:
+            inputs.masks[i].copy_(inputs.within[i] if inputs.within else torch.tensor(True))
+        counted = [inputs.chosen(call.places(True, unit)) for unit in (*units, whole)]
         numbers = [n for c in counted for n in (c.elements(), c.candidates())]
         return torch.tensor([*numbers, len(inputs.values)])
 
-    *totals, tensors = link.sum(2 * len(units) + 1, sizes)
+    *totals, frozen_elements, frozen, tensors = link.sum(2 * len(units) + 3, sizes)
     elements, candidates = totals[::2], totals[1::2]
     if tensors == 0:
         raise ValueError(f"{_OP}: scores: expected at least one tensor, got none on any rank")
-    counts = _kept(density, k, elements, scope)
-    for count, most, name in zip(counts, candidates, where, strict=True):
-        if count > most:
+    # Only scopes with a single selection have frozen tensors.
+    counts = _kept(density, k, [n + frozen_elements for n in elements], scope)
+    for i, (count, most, name) in enumerate(zip(counts, candidates, where, strict=True)):
+        if count > most + frozen:
             raise ValueError(
-                f"{_OP}: k: expected at most the {most} candidates of {name}, got {count}"
+                f"{_OP}: k: expected at most the {most + frozen} candidates of {name}, got {count}"
             )
+        if count < frozen:
+            raise ValueError(
+                f"{_OP}: k: expected at least the {frozen} units of frozen tensors, got {count}"
+            )
+        counts[i] -= frozen
     rounds: list[Rounds] = []
     for i, unit in enumerate(units):
         parts = [inputs.chosen(call.places(counted, unit)) for counted in (True, False)]
@@ -331,7 +374,7 @@ def _elements(link: Link, call: _Call, density: float | None, k: Any, scope: str
 def _filters(link: Link, call: _Call, density: float | None, k: Any) -> list[Tensor]:
     """The filters' norms are a selection problem of their own: one float64 score per filter."""
     whole = call.inputs
-    norms = Inputs([], [], [], [], [], whole.labels, "identity", wide=True)
+    norms = Inputs([], [], [], [], [], whole.labels, [], "identity", wide=True)
     masks: list[Tensor] = []
 
     def rank_rows() -> None:
@@ -339,9 +382,11 @@ def _filters(link: Link, call: _Call, density: float | None, k: Any) -> list[Ten
             rows = v.shape[0] if v.dim() else 1
             factors = whole.other[i : i + 1]
             if v.device.type == "cpu":
-                norm = torch.ops.fastprune.topk_shard_norms(v, factors, KINDS[whole.score], rows)
+                kind, scale = KINDS[whole.score], whole.scale[i : i + 1]
+                norm = torch.ops.fastprune.topk_shard_norms(v, factors, scale, kind, rows)
             else:
-                fused = fuse_score(v, factors[0] if factors else None, whole.score)
+                factor = whole.scale[i] if whole.scale else 1.0
+                fused = fuse_score(v, factors[0] if factors else None, whole.score, factor)
                 norm = filter_norms(fused)
             norms.values.append(norm)
             if whole.within:
@@ -383,7 +428,7 @@ def _local(call: _Call, density: float | None, k: Any, scope: str) -> list[Tenso
         score=p.score,  # type: ignore[arg-type]
         other=p.other or None,
         within=p.within or None,
-        names=call.names,
+        **call.more,
     )
 
 
@@ -391,12 +436,14 @@ def _replicated(link: Link, call: _Call, density: float | None, k: Any, scope: s
     """The same parameters on every rank: the mean of what differs, then everyone for itself."""
     p = call.inputs
     n = len(p.values)
-    parts = [("scores", p.values), ("other", p.other), ("within", p.within)]
+    parts: list[tuple[str, list[Tensor]]] = [("scores", p.values), ("other", p.other), ("within", p.within)]
+    if p.score == "noise":  # does not read the scores
+        parts[0] = ("scores", [])
     alike = link.same(
         sum(len(tensors) for _, tensors in parts),
         lambda: torch.tensor([digest(t) for _, tensors in parts for t in tensors]),
     )
-    mean_of = "other" if p.other else None if p.score == "magnitude" else "scores"
+    mean_of = "other" if p.other else "scores" if p.score in ("identity", "square") else None
     at = 0
     for name, tensors in parts:
         differ = [i for i in range(len(tensors)) if not alike[at + i]]

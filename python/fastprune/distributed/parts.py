@@ -46,6 +46,7 @@ class Inputs:
     masks: list[Tensor]
     boxes: list[Box]
     labels: list[str]
+    scale: list[float]  # one per tensor, or none: 1
     score: str
     wide: bool = False
 
@@ -62,6 +63,7 @@ class Inputs:
             of(self.masks),
             [self.boxes[i] for i in places],
             [self.labels[i] for i in places],
+            [self.scale[i] for i in places] if self.scale else [],
             self.score,
             self.wide,
         )
@@ -127,7 +129,13 @@ class NativePart:
     def __init__(self, inputs: Inputs) -> None:
         self._labels = inputs.labels
         self._wide = inputs.wide
-        self._factors = (inputs.values, inputs.other, inputs.within, KINDS[inputs.score])
+        self._factors = (
+            inputs.values,
+            inputs.other,
+            inputs.within,
+            inputs.scale,
+            KINDS[inputs.score],
+        )
         self._masks = inputs.masks
         self._boxes = inputs.boxes
         self.elements = inputs.elements()
@@ -232,7 +240,8 @@ class TorchPart:
         if self._keys.numel() == 0:
             p, parts = self.inputs, []
             for i, v in enumerate(p.values):
-                score = fuse_score(v, p.other[i] if p.other else None, p.score).flatten()
+                scale = p.scale[i] if p.scale else 1.0
+                score = fuse_score(v, p.other[i] if p.other else None, p.score, scale).flatten()
                 allowed = p.within[i].flatten() if p.within else None
                 nan = score.isnan() if allowed is None else score.isnan() & allowed
                 if bool(nan.any()):

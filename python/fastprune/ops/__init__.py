@@ -4,9 +4,23 @@ from fastprune import _extension
 
 _extension.load()  # the ops must be registered before their Python halves are
 
-from fastprune.ops.global_topk_mask import global_topk_mask  # noqa: E402
+from fastprune.ops.global_topk_mask import (  # noqa: E402
+    KeptScores,
+    global_topk_mask,
+    global_topk_sweep,
+    kept_scores,
+)
 from fastprune.ops.masked_conv2d import masked_conv2d  # noqa: E402
 from fastprune.ops.masked_linear import masked_linear  # noqa: E402
 from fastprune.ops.pattern import Pattern, pack  # noqa: E402
 
-__all__ = ["Pattern", "global_topk_mask", "masked_conv2d", "masked_linear", "pack"]
+__all__ = [
+    "KeptScores",
+    "Pattern",
+    "global_topk_mask",
+    "global_topk_sweep",
+    "kept_scores",
+    "masked_conv2d",
+    "masked_linear",
+    "pack",
+]

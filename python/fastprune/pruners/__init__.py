@@ -7,6 +7,7 @@ from fastprune.pruners.api import prune, score
 from fastprune.pruners.base import Pruner, Scores
 from fastprune.pruners.force import FORCE, GraSPIt, IterSNIP
 from fastprune.pruners.grasp import GraSP
+from fastprune.pruners.lamp import LAMP
 from fastprune.pruners.magnitude import Magnitude
 from fastprune.pruners.network import Network
 from fastprune.pruners.random import Random
@@ -17,6 +18,7 @@ from fastprune.pruners.targets import prunable
 
 __all__ = [
     "FORCE",
+    "LAMP",
     "PRUNERS",
     "SNIP",
     "GraSP",

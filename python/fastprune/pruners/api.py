@@ -63,6 +63,7 @@ def prune(
     =============  =====================================================  =======  ==============
     ``random``     uniform noise                                          1        generator
     ``magnitude``  \|w\|                                                  1
+    ``lamp``       w^2 / sum of the squares not smaller, in the layer     1
     ``snip``       \|w g\|                                                1
     ``grasp``      w (H g), signed                                        1        temperature
     ``synflow``    \|w dR/dw\|                                            100      example_input

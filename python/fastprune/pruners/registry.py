@@ -7,13 +7,14 @@ from typing import Any
 from fastprune.pruners.base import Pruner
 from fastprune.pruners.force import FORCE, GraSPIt, IterSNIP
 from fastprune.pruners.grasp import GraSP
+from fastprune.pruners.lamp import LAMP
 from fastprune.pruners.magnitude import Magnitude
 from fastprune.pruners.random import Random
 from fastprune.pruners.snip import SNIP
 from fastprune.pruners.synflow import SynFlow
 
 PRUNERS: dict[str, type[Pruner]] = {
-    p.name: p for p in (Random, Magnitude, SNIP, GraSP, SynFlow, FORCE, IterSNIP, GraSPIt)
+    p.name: p for p in (Random, Magnitude, LAMP, SNIP, GraSP, SynFlow, FORCE, IterSNIP, GraSPIt)
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -9,24 +10,96 @@ import torch
 from torch import Tensor
 
 
-def fuse_score(values: Tensor, other: Tensor | None, score: str) -> Tensor:
+def fuse_score(
+    values: Tensor,
+    other: Tensor | None,
+    score: str,
+    scale: float = 1.0,
+    *,
+    within: Tensor | None = None,
+    seed: int = 0,
+    first: int = 0,
+) -> Tensor:
     """The score of every weight, in float32 (float64 where a factor is float64).
 
     ``identity``: values; ``magnitude``: |values|; ``product``: values * other; ``saliency``:
-    |values * other|; ``square``: values^2.
+    |values * other|; ``square``: values^2; ``noise`` and ``lamp``, both in float64, as
+    :func:`uniform_noise` and :func:`lamp_scores` say. Then times ``scale``, in the same dtype.
     """
+    if score == "noise":
+        return uniform_noise(values.shape, seed, first, values.device) * scale
+    if score == "lamp":
+        return lamp_scores(values, within)
     doubles = values.dtype == torch.float64 or (other is not None and other.dtype == torch.float64)
     wide = torch.float64 if doubles else torch.float32
     a = values.detach().to(wide)
     b = None if other is None else other.detach().to(wide)
-    if score == "identity":
-        return a
     if score == "magnitude":
-        return a.abs()
-    if score == "square":
-        return a * a
-    assert b is not None, score
-    return (a * b).abs() if score == "saliency" else a * b
+        a = a.abs()
+    elif score == "square":
+        a = a * a
+    elif score != "identity":
+        assert b is not None, score
+        a = (a * b).abs() if score == "saliency" else a * b
+    return a if scale == 1 else a * scale
+
+
+def uniform_noise(
+    shape: Sequence[int], seed: int, first: int = 0, device: torch.device | None = None
+) -> Tensor:
+    """Uniform in [0, 1), float64: outputs ``first``, ``first + 1``, ... of SplitMix64.
+
+    The upper 52 bits of each output, over 2^52; the generator starts with ``seed``.
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+
+    def signed(constant: int) -> int:  # int64 arithmetic wraps, which is what is wanted
+        return constant - 2**64 if constant >= 2**63 else constant
+
+    def shifted(z: Tensor, bits: int) -> Tensor:  # logical: >> copies the sign
+        return (z >> bits) & (2 ** (64 - bits) - 1)
+
+    index = torch.arange(first + 1, first + 1 + math.prod(shape), device=device)
+    z = index * signed(0x9E3779B97F4A7C15) + signed(seed % 2**64)
+    z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
+    z = z ^ shifted(z, 31)
+    fractions: Tensor = shifted(z, 12).double() / 2**52
+    return fractions.view(tuple(shape))
+
+
+def lamp_scores(values: Tensor, within: Tensor | None = None) -> Tensor:
+    """LAMP's score of every weight of a layer, in float64.
+
+    w_i^2 over the sum of w_j^2 of all j with |w_j| >= |w_i|, i among them; 0 for a zero weight.
+    ``within`` (bool) restricts the j; what is outside scores 0.
+    Source: Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021, Equation 3.
+    """
+    squares = values.detach().double().square().flatten()
+    if within is not None:
+        squares = torch.where(within.flatten(), squares, 0.0)
+    order = torch.sort(squares, descending=True, stable=True)
+    # Equal weights share the sum up to the last of them.
+    _, inverse, counts = torch.unique_consecutive(
+        order.values, return_inverse=True, return_counts=True
+    )
+    totals = order.values.cumsum(0)[counts.cumsum(0) - 1][inverse] if len(squares) else squares
+    scores = torch.where(order.values == 0, 0.0, order.values / totals)
+    return torch.zeros_like(squares).scatter_(0, order.indices, scores).view(values.shape)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool tensor as flat uint8, eight elements to a byte, the first in the lowest bit."""
+    flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (flat.view(-1, 8) * weights).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool tensor that :func:`pack_bits` packed."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    flat = ((bits[:, None] >> places) & 1).bool().flatten()
+    return flat[: math.prod(shape)].view(tuple(shape))
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -53,14 +126,26 @@ def global_topk_mask(
     score: str,
     other: Sequence[Tensor] | None,
     within: Sequence[Tensor] | None,
+    scale: Sequence[float] | None = None,
+    seed: int = 0,
 ) -> list[Tensor]:
     """Masks for already validated arguments.
 
     ``counts`` holds one kept count for scope ``global`` and ``filter``, one per tensor for
     ``layer``, and one per row, tensor after tensor, for ``neuron``.
     """
+    first = list(itertools.accumulate((v.numel() for v in values), initial=0))
     scores = [
-        fuse_score(v, None if other is None else other[i], score) for i, v in enumerate(values)
+        fuse_score(
+            v,
+            None if other is None else other[i],
+            score,
+            1.0 if scale is None else scale[i],
+            within=None if within is None else within[i],
+            seed=seed,
+            first=first[i],
+        )
+        for i, v in enumerate(values)
     ]
     if scope == "layer":
         return [

@@ -1,0 +1,368 @@
+"""The checked arguments of a selection, and what all selections do with them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastprune import reference
+from fastprune.reference.global_topk_mask import fuse_score, pack_bits, rows_of
+
+Scope = Literal["global", "layer", "neuron", "filter"]
+Score = Literal["identity", "magnitude", "product", "saliency", "square", "noise", "lamp"]
+SCOPES = ("global", "layer", "neuron", "filter")
+SCORES = ("identity", "magnitude", "product", "saliency", "square", "noise", "lamp")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+OP = "global_topk_mask"
+
+
+def kept_count(density: float, n: int) -> int:
+    """Number of entries kept out of n: floor(density * n + 0.5), the rounding used everywhere."""
+    return math.floor(density * n + 0.5)
+
+
+@dataclass(frozen=True)
+class TopkCall:
+    """Checked arguments: what competes, and how it is scored."""
+
+    values: list[Tensor]
+    other: list[Tensor]
+    within: list[Tensor]
+    scope: Scope
+    score: Score
+    scale: list[float]
+    seed: int
+    packed: bool
+    labels: list[str]  # what follows an argument's name in messages
+
+    @classmethod
+    def check(
+        cls,
+        scores: Any,
+        scope: Any,
+        score: Any,
+        other: Any,
+        within: Any,
+        scale: Any,
+        seed: Any,
+        packed: Any,
+        names: Any,
+    ) -> TopkCall:
+        values = tensors(scores, "scores", None)
+        if not values:
+            raise ValueError(f"{OP}: scores: expected at least one tensor, got none")
+        labels = _labels(names, len(values))
+        for i, t in enumerate(values):
+            if t.dtype not in FLOATS:
+                raise TypeError(f"{OP}: scores{labels[i]}: {_expected_float(t)}")
+            if t.device != values[0].device:
+                raise ValueError(
+                    f"{OP}: scores{labels[i]}: expected the device {values[0].device} of the "
+                    f"first tensor, got {t.device}"
+                )
+        if scope not in SCOPES:
+            raise ValueError(f"{OP}: scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+        if score not in SCORES:
+            raise ValueError(f"{OP}: score: expected one of {', '.join(SCORES)}, got {score!r}")
+        if (other is not None) != (score in ("product", "saliency")):
+            raise ValueError(
+                f"{OP}: other: score {score!r} "
+                + ("does not use it, leave it out" if other is not None else "needs it, got None")
+            )
+        if (seed is not None) != (score == "noise"):
+            raise ValueError(
+                f"{OP}: seed: score {score!r} "
+                + ("does not use it, leave it out" if seed is not None else "needs it, got None")
+            )
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise TypeError(f"{OP}: seed: expected an int, got {type(seed).__name__}")
+        factors = [] if other is None else tensors(other, "other", values)
+        allowed: list[Tensor] = [] if within is None else tensors(within, "within", values)
+        for i, t in enumerate(factors):
+            if t.dtype not in FLOATS:
+                raise TypeError(f"{OP}: other{labels[i]}: {_expected_float(t)}")
+        for i, t in enumerate(allowed):
+            if t.dtype != torch.bool:
+                raise TypeError(
+                    f"{OP}: within{labels[i]}: expected dtype torch.bool, got {t.dtype}"
+                )
+        if not isinstance(packed, bool):
+            raise TypeError(f"{OP}: packed: expected a bool, got {type(packed).__name__}")
+        if scope in ("neuron", "filter"):
+            for i, t in enumerate(values):
+                if t.dim() == 0:
+                    raise ValueError(
+                        f"{OP}: scores{labels[i]}: expected at least 1 dimension with scope "
+                        f"{scope!r}, got a scalar"
+                    )
+        if score == "lamp" and scope in ("neuron", "filter"):  # the kernel ranks whole layers
+            values, score = lamp_of(values, allowed), "identity"
+        # Torch's integers have 64 bits and a sign.
+        wrapped = 0 if seed is None else (int(seed) + 2**63) % 2**64 - 2**63
+        return cls(
+            values,
+            factors,
+            allowed,
+            scope,
+            score,
+            _scales(scale, score, labels),
+            wrapped,
+            packed,
+            labels,
+        )
+
+    def subset(self, chosen: Sequence[int]) -> TopkCall:
+        """The call for some of the tensors."""
+
+        def some(items: list[Any]) -> list[Any]:
+            return [items[i] for i in chosen] if items else []
+
+        return replace(
+            self,
+            values=some(self.values),
+            other=some(self.other),
+            within=some(self.within),
+            scale=some(self.scale),
+            labels=some(self.labels),
+        )
+
+    def units(self) -> list[int]:
+        """What counts choose from: of all tensors, or of each (each row, with scope neuron)."""
+        if self.scope == "global":
+            return [sum(t.numel() for t in self.values)]
+        if self.scope == "filter":
+            return [sum(t.shape[0] for t in self.values)]
+        if self.scope == "layer":
+            return [t.numel() for t in self.values]
+        return [math.prod(t.shape[1:]) for t in self.values]
+
+    def candidates(self, i: int) -> int:
+        """Units of one tensor that may be kept, with scope global or filter."""
+        if self.scope == "filter":
+            rows = rows_of(self.within[i]).any(dim=1) if self.within else None
+            return self.values[i].shape[0] if rows is None else int(rows.sum())
+        return int(self.within[i].sum()) if self.within else self.values[i].numel()
+
+    def all_of(self, i: int) -> Tensor:
+        """The mask of a tensor that is kept whole."""
+        v = self.values[i]
+        mask = self.within[i].clone() if self.within else torch.ones_like(v, dtype=torch.bool)
+        return pack_bits(mask) if self.packed else mask.contiguous()
+
+    def run(self, counts: list[int]) -> list[list[Tensor]]:
+        """The masks of every selection: one per count with scope global or filter, else one."""
+        with torch.no_grad():
+            if self.values[0].device.type not in ("cpu", "meta"):
+                return self._by_reference(counts)
+            # With scope filter the op takes or leaves whole rows; see _inside.
+            bits = self.packed and not (self.scope == "filter" and self.within)
+            try:
+                masks = torch.ops.fastprune.global_topk_mask(
+                    self.values,
+                    self.other,
+                    self.within,
+                    counts,
+                    self.scope,
+                    self.score,
+                    self.scale,
+                    self.seed,
+                    bits,
+                )
+            except RuntimeError as error:
+                message = str(error).partition("\n")[0]
+                if f"{OP}: " not in message:
+                    raise
+                raise ValueError(self._renamed(message)) from None
+        n = len(self.values)
+        parts = [masks[i : i + n] for i in range(0, len(masks), n)]
+        return [self._inside(part) for part in parts]
+
+    def _inside(self, masks: list[Tensor]) -> list[Tensor]:
+        """The op takes or leaves whole filters; what an earlier mask took stays taken."""
+        if self.scope != "filter" or not self.within:
+            return masks
+        inside = [mask & w for mask, w in zip(masks, self.within, strict=True)]
+        return [pack_bits(mask) for mask in inside] if self.packed else inside
+
+    def _by_reference(self, counts: list[int]) -> list[list[Tensor]]:
+        """The reference, behind the checks that the op makes on the data."""
+        available: list[Tensor] = []  # candidates of every group of units that compete
+        for i, v in enumerate(self.values):
+            fused = fuse_score(
+                v,
+                self.other[i] if self.other else None,
+                self.score,
+                self.scale[i] if self.scale else 1.0,
+                within=self.within[i] if self.within else None,
+            )
+            allowed = self.within[i] if self.within else torch.ones_like(fused, dtype=torch.bool)
+            if self.scope == "filter":
+                allowed = (
+                    rows_of(allowed).any(dim=1) if self.within else allowed.new_ones(v.shape[0])
+                )
+                bad = rows_of(fused).isnan().any(dim=1) & allowed
+            else:
+                bad = fused.isnan() & allowed
+            if bool(bad.any()):
+                raise ValueError(f"{OP}: scores{self.labels[i]}: a candidate's score is NaN")
+            neuron = self.scope == "neuron"
+            available.append(rows_of(allowed).sum(dim=1) if neuron else allowed.sum())
+        if self.scope in ("global", "filter"):
+            available = [torch.stack(available).sum()] * len(counts)
+        for count, candidates in zip(counts, available, strict=True):
+            fewest = int(candidates.min()) if candidates.numel() else count
+            if count > fewest:
+                raise ValueError(f"{OP}: k: expected at most {fewest} candidates, got {count}")
+        selections = [[count] for count in counts]
+        if self.scope == "layer":
+            selections = [counts]
+        elif self.scope == "neuron":
+            pairs = zip(counts, self.values, strict=True)
+            selections = [[count for count, v in pairs for _ in range(v.shape[0])]]
+        results = []
+        for chosen in selections:
+            masks = reference.global_topk_mask(
+                self.values,
+                chosen,
+                self.scope,
+                self.score,
+                self.other or None,
+                self.within or None,
+                self.scale or None,
+                self.seed,
+            )
+            if self.scope == "filter" and self.within:
+                results.append(self._inside(masks))
+            else:
+                results.append([pack_bits(m) for m in masks] if self.packed else masks)
+        return results
+
+    def _renamed(self, message: str) -> str:
+        """The op's message in the words of the public function."""
+        message = message[message.index(f"{OP}: ") :]
+        message = re.sub(
+            r"(values|other|within)\[(\d+)\]",
+            lambda m: ("scores" if m[1] == "values" else m[1]) + self.labels[int(m[2])],
+            message,
+        )
+        return re.sub(r"counts(\[\d+\])?", "k", message).replace("all values", "all scores")
+
+
+def lamp_of(values: list[Tensor], within: list[Tensor]) -> list[Tensor]:
+    """LAMP's scores as tensors."""
+    return [
+        fuse_score(v, None, "lamp", within=within[i] if within else None)
+        for i, v in enumerate(values)
+    ]
+
+
+def _labels(names: Any, n: int) -> list[str]:
+    """The index, and the tensor's name if given."""
+    if names is None:
+        return [f"[{i}]" for i in range(n)]
+    if isinstance(names, str):
+        raise TypeError(f"{OP}: names: expected a sequence of names, got a string")
+    if len(names) != n:
+        raise ValueError(f"{OP}: names: expected {n} names, one per tensor, got {len(names)}")
+    return [f"[{i}] ({name})" for i, name in enumerate(names)]
+
+
+def _scales(scale: Any, score: str, labels: list[str]) -> list[float]:
+    if scale is None:
+        return []
+    if score == "lamp":
+        raise ValueError(f"{OP}: scale: score 'lamp' does not use it, leave it out")
+    if isinstance(scale, (str, Tensor)) or not isinstance(scale, Sequence):
+        kind = type(scale).__name__
+        raise TypeError(f"{OP}: scale: expected a sequence of numbers, got {kind}")
+    if len(scale) != len(labels):
+        raise ValueError(
+            f"{OP}: scale: expected {len(labels)} numbers, one per tensor, got {len(scale)}"
+        )
+    for i, s in enumerate(scale):
+        if isinstance(s, bool) or not isinstance(s, Real):
+            raise TypeError(f"{OP}: scale{labels[i]}: expected a number, got {type(s).__name__}")
+        if not math.isfinite(s):
+            raise ValueError(f"{OP}: scale{labels[i]}: expected a finite number, got {s}")
+    return [float(s) for s in scale]
+
+
+def _expected_float(t: Tensor) -> str:
+    return f"expected dtype float32, float64, bfloat16 or float16, got {t.dtype}"
+
+
+def tensors(given: Any, name: str, like: list[Tensor] | None) -> list[Tensor]:
+    """A list of tensors, of the same length, shapes and device as ``like``."""
+    if isinstance(given, Tensor) or not isinstance(given, Sequence):
+        kind = type(given).__name__
+        raise TypeError(f"{OP}: {name}: expected a sequence of tensors, got {kind}")
+    if like is not None and len(given) != len(like):
+        raise ValueError(
+            f"{OP}: {name}: expected {len(like)} tensors, one per tensor of scores, "
+            f"got {len(given)}"
+        )
+    for i, t in enumerate(given):
+        if not isinstance(t, Tensor):
+            kind = type(t).__name__
+            raise TypeError(f"{OP}: {name}[{i}]: expected a tensor, got {kind}")
+        if like is None:
+            continue
+        if t.shape != like[i].shape:
+            raise ValueError(
+                f"{OP}: {name}[{i}]: expected the shape {tuple(like[i].shape)} of scores[{i}], "
+                f"got {tuple(t.shape)}"
+            )
+        if t.device != like[i].device:
+            raise ValueError(
+                f"{OP}: {name}[{i}]: expected the device {like[i].device} of scores[{i}], "
+                f"got {t.device}"
+            )
+    return list(given)
+
+
+def count_of(call: TopkCall, density: Any, k: Any) -> list[int]:
+    """Kept counts as the op takes them: one, or one per tensor for ``layer`` and ``neuron``."""
+    if (density is None) == (k is None):
+        raise ValueError(
+            f"{OP}: density, k: expected exactly one of them, got "
+            + ("neither" if k is None else "both")
+        )
+    units = call.units()
+    if density is not None:
+        if isinstance(density, bool) or not isinstance(density, Real):
+            raise TypeError(f"{OP}: density: expected a number, got {type(density).__name__}")
+        fraction = float(density)
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"{OP}: density: expected a fraction in [0, 1], got {density}")
+        return [kept_count(fraction, n) for n in units]
+    single = call.scope in ("global", "filter")
+    if single:
+        given: Sequence[Any] = [k]
+    elif isinstance(k, Sequence) and not isinstance(k, str):
+        given = k
+    else:
+        raise TypeError(
+            f"{OP}: k: expected a sequence of one int per tensor with scope {call.scope!r}, "
+            f"got {type(k).__name__}"
+        )
+    if len(given) != len(units):
+        raise ValueError(f"{OP}: k: expected {len(units)} counts, got {len(given)}")
+    counts = []
+    for i, (count, n) in enumerate(zip(given, units, strict=True)):
+        name = "k" if single else f"k[{i}]"
+        if isinstance(count, bool) or not isinstance(count, Integral):
+            raise TypeError(
+                f"{OP}: {name}: expected an int with scope {call.scope!r}, "
+                f"got {type(count).__name__}"
+            )
+        counts.append(int(count))
+        if not 0 <= counts[-1] <= n:
+            raise ValueError(f"{OP}: {name}: expected 0 to {n}, got {count}")
+    return counts
