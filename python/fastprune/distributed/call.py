@@ -84,7 +84,7 @@ def over_ranks(
         _check_counts(density, k, scope)
         calls.append(call)
         own = {"names", "scale", "frozen"}  # each rank may have others for its own tensors
-        alike = [density, k, scope, score, other is None, within is None, ranks]
+        alike: list[Any] = [density, k, scope, score, other is None, within is None, ranks]
         if local and ranks == "distinct":
             alike[1] = None  # counts too
         if mesh is not None or ranks == "replicated":
@@ -436,7 +436,11 @@ def _replicated(link: Link, call: _Call, density: float | None, k: Any, scope: s
     """The same parameters on every rank: the mean of what differs, then everyone for itself."""
     p = call.inputs
     n = len(p.values)
-    parts: list[tuple[str, list[Tensor]]] = [("scores", p.values), ("other", p.other), ("within", p.within)]
+    parts: list[tuple[str, list[Tensor]]] = [
+        ("scores", p.values),
+        ("other", p.other),
+        ("within", p.within),
+    ]
     if p.score == "noise":  # does not read the scores
         parts[0] = ("scores", [])
     alike = link.same(

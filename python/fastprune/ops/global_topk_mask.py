@@ -174,7 +174,7 @@ def global_topk_mask(
     et al. 2021, Equation 3.
     """
     if group is not None or ranks != "distinct" or is_sharded(scores):
-        more = {"scale": scale, "seed": seed, "frozen": frozen}
+        more: dict[str, Any] = {"scale": scale, "seed": seed, "frozen": frozen}
         more |= {"min_per_tensor": min_per_tensor, "packed": packed, "names": names}
         return over_ranks(scores, density, k, scope, score, other, within, group, ranks, more)
     call = TopkCall.check(scores, scope, score, other, within, scale, seed, packed, names)

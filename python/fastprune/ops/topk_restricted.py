@@ -68,7 +68,8 @@ def _units(call: TopkCall, i: int, mask: Tensor) -> int:
     return int((rows_of(mask).any(dim=1) if call.scope == "filter" else mask).sum())
 
 
-def _frozen(frozen: Any, n: int) -> Sequence[bool]:
+def check_frozen(frozen: Any, n: int) -> Sequence[bool]:
+    """One bool for each of n tensors; None: nothing is frozen."""
     if frozen is None:
         return [False] * n
     if isinstance(frozen, (str, Tensor)) or not isinstance(frozen, Sequence):
