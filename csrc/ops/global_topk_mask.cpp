@@ -197,6 +197,7 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
                              ? torch::stable::new_empty(like, {bytes, 1}, ScalarType::Byte)
                              : torch::stable::new_empty(like, like.sizes(), ScalarType::Bool));
   }
+  for (const Tensor& mask : call.masks) advise_huge_pages(mask);
   call.tensors = call.masked(0);
   return call;
 }
@@ -344,8 +345,7 @@ void select_filters(const TopkCall& call) {
   std::vector<std::vector<TopkTensor>> filters(selections);
   for (size_t i = 0; i < n; ++i) {
     const int64_t rows = call.rows[i], cols = call.cols(i);
-    memory.emplace_back(
-        checked_product(rows, static_cast<int64_t>(9 + selections), kOp));
+    memory.emplace_back(checked_product(rows, static_cast<int64_t>(9 + selections), kOp));
     double* norms = memory.back().as<double>();
     uint8_t* alive = reinterpret_cast<uint8_t*>(norms + rows);
     const uint8_t* within = call.tensors[i].within;
@@ -388,13 +388,14 @@ std::string take_string(StringHandle handle) {
 }
 
 // Strings arrive as handles: the conversion to std::string of torch 2.11 to 2.13 leaks each one.
-std::vector<Tensor> global_topk_mask_cpu(
-    const std::vector<Tensor>& values, const std::vector<Tensor>& other,
-    const std::vector<Tensor>& within, const std::vector<int64_t>& counts, StringHandle scope,
-    StringHandle score, const std::vector<double>& scale, int64_t seed, bool packed) {
-  const TopkCall call =
-      validate_global_topk_mask(values, other, within, counts,
-                                {take_string(scope), take_string(score), scale, seed, packed});
+std::vector<Tensor> global_topk_mask_cpu(const std::vector<Tensor>& values,
+                                         const std::vector<Tensor>& other,
+                                         const std::vector<Tensor>& within,
+                                         const std::vector<int64_t>& counts, StringHandle scope,
+                                         StringHandle score, const std::vector<double>& scale,
+                                         int64_t seed, bool packed) {
+  const TopkCall call = validate_global_topk_mask(
+      values, other, within, counts, {take_string(scope), take_string(score), scale, seed, packed});
   check_cpu(values[0], kOp, "values[0]");
   switch (call.scope) {
     case TopkScope::global:

@@ -27,12 +27,13 @@ struct TopkCall {
   bool lamp = false;  // scores are those of LAMP; `score` is then that of the order in a tensor
   bool scaled = false, packed = false;
   uint64_t seed = 0;
-  std::vector<Tensor> held;  // what the pointers below point into
+  std::vector<Tensor> held;   // what the pointers below point into
   std::vector<Tensor> masks;  // all tensors' for each selection
   std::vector<std::unique_ptr<TopkStrides>> strides;
   std::vector<TopkTensor> tensors;  // with the masks of the first selection
   std::vector<int64_t> rows;        // per tensor, for the scopes neuron and filter
-  // Kept: one per selection, or one per tensor (a single selection) for the scopes layer and neuron.
+  // Kept: one per selection, or one per tensor (a single selection) for the scopes layer and
+  // neuron.
   std::vector<int64_t> counts;
 
   TopkProblem problem(const std::vector<TopkTensor>& of) const {

@@ -1,4 +1,5 @@
-// Selection by the scores of LAMP: w_i^2 / sum of w_j^2 over the j of the tensor with |w_j| >= |w_i|.
+// Selection by the scores of LAMP: w_i^2 / sum of w_j^2 over the j of the tensor with |w_j| >=
+// |w_i|.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +26,14 @@ class LampSelection {
       const TopkTensor& t = problem_.tensors[i];
       problem_.wide |= t.dtype == DType::f64;
       for (int64_t at = 0; at < t.numel; at += kTopkChunk) {
-        layers_[i].chunks.push_back({{static_cast<int64_t>(i), at, std::min(at + kTopkChunk, t.numel)},
-                                     0, 0, 0, 0, 0, false});
+        layers_[i].chunks.push_back(
+            {{static_cast<int64_t>(i), at, std::min(at + kTopkChunk, t.numel)},
+             0,
+             0,
+             0,
+             0,
+             0,
+             false});
       }
     }
     for (size_t i = 0; i < n_tensors; ++i) measure(i);
@@ -204,8 +211,8 @@ class LampSelection {
       }
     }
     std::sort(found.begin(), found.end());
-    double total = first_sure < kTopkSquareBins ? layer.over[first_sure] + layer.sum[first_sure]
-                                                : 0.0;
+    double total =
+        first_sure < kTopkSquareBins ? layer.over[first_sure] + layer.sum[first_sure] : 0.0;
     for (size_t j = 0; j < found.size();) {
       size_t same = j;
       const double square = this->square(-found[j].first);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <utility>
@@ -19,7 +20,8 @@ constexpr const char* kTopkOp = "global_topk_mask";
   STD_TORCH_CHECK(false, kTopkOp, ": values[", tensor, "]: a candidate's score is NaN");
 }
 
-// Exactly k of the elements of some spans. Several that differ in k and in their masks share passes.
+// Exactly k of the elements of some spans. Several that differ in k and in their masks share
+// passes.
 class Selection {
  public:
   // candidates: elements of the spans that are inside `within`; k is at most that.
@@ -107,10 +109,25 @@ class Selection {
     const double size = std::clamp(0.7 * std::cbrt(n * n), 1024.0, 65536.0);
     const int64_t wanted = std::min<int64_t>(
         elements_ / 8, static_cast<int64_t>(size * static_cast<double>(elements_) / n));
-    Sample sample{Scratch((wanted + 64) * key_bytes()), 0};
-    sample.found = FASTPRUNE_PICK(topk_sample)(problem_, chunks_.data(),
-                                               static_cast<int64_t>(chunks_.size()), elements_,
-                                               wanted, sample.keys.as<void>());
+    // Each part in its own place, then side by side.
+    const int64_t workers = wanted < 4096 ? 1 : worker_count();
+    Sample sample{Scratch((wanted + 64 * workers) * key_bytes()), 0};
+    std::vector<int64_t> found(static_cast<size_t>(workers));
+    const auto place = [&](int64_t w) {
+      return sample.keys.as<char>() + (wanted * w / workers + 64 * w) * key_bytes();
+    };
+    for_each_range(workers, 0, [&](int64_t begin, int64_t end, void*) {
+      for (int64_t w = begin; w < end; ++w) {
+        found[w] = FASTPRUNE_PICK(topk_sample_part)(
+            problem_, chunks_.data(), static_cast<int64_t>(chunks_.size()), elements_, wanted,
+            wanted * w / workers, wanted * (w + 1) / workers, place(w));
+      }
+    });
+    for (int64_t w = 0; w < workers; ++w) {
+      std::memmove(sample.keys.as<char>() + sample.found * key_bytes(), place(w),
+                   static_cast<size_t>(found[w] * key_bytes()));
+      sample.found += found[w];
+    }
     return sample;
   }
 
@@ -120,7 +137,7 @@ class Selection {
     const Scratch &keys = sample.keys, scratch((found / 2 + 64) * key_bytes());
     const double n = static_cast<double>(candidates_), s = static_cast<double>(found);
     const double share = static_cast<double>(k_) / n;
-    const double slack = 4.0 * std::sqrt(s * share * (1.0 - share)) + 3.0;
+    const double slack = 3.5 * std::sqrt(s * share * (1.0 - share)) + 3.0;
     const int64_t hi_rank = static_cast<int64_t>(std::floor(s * share - slack));
     const int64_t lo_rank = static_cast<int64_t>(std::ceil(s * share + slack));
     TopkThreshold hi{topk_highest_key(problem_.wide), 0, 0};
@@ -175,7 +192,9 @@ class Selection {
       std::vector<TopkJob> jobs;
       for (Selection* s : all) {
         s->first_chunk_[w + 1] = end;
-        jobs.push_back({&s->problem_, s->chunks_.data(), s->bracket_,
+        jobs.push_back({&s->problem_,
+                        s->chunks_.data(),
+                        s->bracket_,
                         {s->keys_->as<char>() + w * s->capacity_ * key_bytes,
                          s->positions_->as<uint16_t>() + w * s->capacity_, s->capacity_}});
       }
@@ -228,9 +247,17 @@ class Selection {
                                               scratch.as<void>());
       ties = k_ - after_top - threshold.above;
     }
-    FASTPRUNE_PICK(topk_accept)
-    (problem_, chunks_.data(), static_cast<int64_t>(chunks_.size()),
-     {keys.as<void>(), positions.as<uint16_t>(), used}, threshold.key, ties);
+    const TopkCandidates found{keys.as<void>(), positions.as<uint16_t>(), used};
+    const auto accept = FASTPRUNE_PICK(topk_accept);
+    if (ties < threshold.equal) {  // the first of the equal ones: in order
+      accept(problem_, chunks_.data(), static_cast<int64_t>(chunks_.size()), found, threshold.key,
+             ties);
+    } else {  // those over the key below; where workers wrote, the masks are in their caches
+      const int64_t below = threshold.key - (threshold.equal > 0 ? 1 : 0);
+      for_each_worker([&](int64_t, int64_t begin, int64_t end) {
+        accept(problem_, chunks_.data() + begin, end - begin, found, below, 0);
+      });
+    }
     if (k_ > after_inside)
       settle(&TopkChunk::bottom, bracket_.bounds[3] + 1, k_ - after_inside, false);
     return true;
@@ -255,9 +282,9 @@ class Selection {
   int64_t k_, candidates_, elements_ = 0;
   std::vector<TopkChunk> chunks_;
   TopkBracket bracket_{};
-  int64_t capacity_ = 0;                      // for candidates, of each worker
-  std::optional<Scratch> keys_, positions_;   // of the candidates
-  std::vector<int64_t> first_chunk_;          // of each worker
+  int64_t capacity_ = 0;                     // for candidates, of each worker
+  std::optional<Scratch> keys_, positions_;  // of the candidates
+  std::vector<int64_t> first_chunk_;         // of each worker
   int64_t above_ = 0, top_ = 0, inside_ = 0, bottom_ = 0;
 };
 

@@ -20,7 +20,9 @@ inline void for_each_block(const TopkProblem& problem, const TopkSpan& span, F f
 
 // The mask of elements [at, at + n), n <= 64, of a tensor.
 inline void put_mask(bool packed, uint64_t bits, int64_t at, int64_t n, uint8_t* mask) {
-  if (packed) {
+  if (packed && n == 64) {
+    std::memcpy(mask + at / 8, &bits, 8);
+  } else if (packed) {
     std::memcpy(mask + at / 8, &bits, static_cast<size_t>((n + 7) / 8));
   } else {
     write_bits(bits, n, mask + at);
@@ -51,26 +53,42 @@ class Filter {
   }
 
   void add(const K* keys, int64_t at, int64_t n, bool nan) {
+    if (packed_) {
+      ends_ ? add<true, true>(keys, at, n, nan) : add<true, false>(keys, at, n, nan);
+    } else {
+      ends_ ? add<false, true>(keys, at, n, nan) : add<false, false>(keys, at, n, nan);
+    }
+  }
+
+ private:
+  template <bool Packed, bool Ends>
+  void add(const K* keys, int64_t at, int64_t n, bool nan) {
+    // Locals: the stores below may alias members as far as a compiler knows.
     int64_t over_top = 0, top = 0, inside = 0, bottom = 0, used = used_;
-    for (int64_t i = 0; i < n; i += 64) {
-      const uint64_t over = greater_bits(keys + i, bounds_[1]);
-      const uint64_t over_bottom = greater_bits(keys + i, bounds_[2]);
-      put_mask(packed_, over, at + i, n - i < 64 ? n - i : 64, mask_);
+    const int64_t capacity = out_.capacity, offset = at - chunk_.span.begin;
+    K* const out_keys = static_cast<K*>(out_.keys);
+    uint16_t* const out_positions = out_.positions;
+    uint8_t* const mask = mask_;
+    const K bounds[4] = {bounds_[0], bounds_[1], bounds_[2], bounds_[3]};
+    const auto group = [&](int64_t i, int64_t count) {
+      const uint64_t over = greater_bits(keys + i, bounds[1]);
+      const uint64_t over_bottom = greater_bits(keys + i, bounds[2]);
+      put_mask(Packed, over, at + i, count, mask);
       over_top += __builtin_popcountll(over);
       uint64_t in = over_bottom & ~over;
       const int found = __builtin_popcountll(in);
       inside += found;
-      if (ends_) {
-        top += __builtin_popcountll(over & ~greater_bits(keys + i, bounds_[0]));
-        bottom += __builtin_popcountll(greater_bits(keys + i, bounds_[3]) & ~over_bottom);
+      if constexpr (Ends) {
+        top += __builtin_popcountll(over & ~greater_bits(keys + i, bounds[0]));
+        bottom += __builtin_popcountll(greater_bits(keys + i, bounds[3]) & ~over_bottom);
       }
-      if (used + 64 > out_.capacity) continue;
-      const int64_t position = at - chunk_.span.begin + i;
+      if (used + 64 > capacity) return;
+      const int64_t position = offset + i;
       int64_t slot = used;
       const auto append = [&] {
         const int bit = __builtin_ctzll(in | uint64_t{1} << 63);
-        static_cast<K*>(out_.keys)[slot] = keys[i + bit];
-        out_.positions[slot++] = static_cast<uint16_t>(position + bit);
+        out_keys[slot] = keys[i + bit];
+        out_positions[slot++] = static_cast<uint16_t>(position + bit);
         in &= in - 1;
       };
       // Mostly none to two of 64: two slots are written in any case, since branches that cannot be
@@ -79,7 +97,10 @@ class Filter {
       append();
       while (in != 0) append();
       used += found;
-    }
+    };
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) group(i, 64);
+    if (i < n) group(i, n - i);
     used_ = used;
     chunk_.has_nan |= nan;
     chunk_.above += over_top - top;
@@ -88,7 +109,6 @@ class Filter {
     chunk_.bottom += bottom;
   }
 
- private:
   TopkChunk& chunk_;
   const TopkCandidates out_;
   int64_t& used_;
@@ -108,7 +128,8 @@ void filter_all(const TopkJob* jobs, int64_t n_jobs, int64_t begin, int64_t end)
     for (int64_t c = begin; c < end; ++c) {
       alignas(Filter<K>) char memory[kTogether * sizeof(Filter<K>)];
       Filter<K>* filters = reinterpret_cast<Filter<K>*>(memory);
-      for (int64_t j = 0; j < n; ++j) new (filters + j) Filter<K>(group[j], group[j].chunks[c], used[j]);
+      for (int64_t j = 0; j < n; ++j)
+        new (filters + j) Filter<K>(group[j], group[j].chunks[c], used[j]);
       for_each_block<K>(*group->problem, group->chunks[c].span,
                         [&](const K* keys, int64_t at, int64_t count, bool nan) {
                           for (int64_t j = 0; j < n; ++j) filters[j].add(keys, at, count, nan);
@@ -131,7 +152,7 @@ void square_bins(const TopkProblem& problem, const TopkSpan& span, int64_t* coun
   for_each_block<K>(problem, span, [&](const K* keys, int64_t, int64_t n, bool) {
     for (int64_t i = 0; i < n; ++i) {
       if (keys[i] < 0) continue;  // not a candidate
-      const double w = score_of(problem, keys[i]);
+      const double w = score_of(keys[i]);
       const int64_t bin = static_cast<int64_t>(keys[i] >> kShift);
       ++counts[bin];
       sums[bin] += w * w;
@@ -139,17 +160,27 @@ void square_bins(const TopkProblem& problem, const TopkSpan& span, int64_t* coun
   });
 }
 
-template <typename K>
+// Without branches: which candidates stay cannot be foreseen. The filter left all of them 0.
+template <bool Packed, typename K>
 void accept(const TopkProblem& problem, const TopkChunk& chunk, const TopkCandidates& candidates,
-            int64_t key, int64_t& ties) {
+            K key, int64_t& ties) {
   uint8_t* mask = problem.tensors[chunk.span.tensor].mask;
+  mask += Packed ? chunk.span.begin / 8 : chunk.span.begin;
   const K* keys = static_cast<const K*>(candidates.keys) + chunk.first;
   const uint16_t* positions = candidates.positions + chunk.first;
+  int64_t left = ties;
   for (int64_t i = 0; i < chunk.inside; ++i) {
-    const bool tie = keys[i] == key && ties > 0;
-    ties -= tie ? 1 : 0;
-    put_mask(problem.packed, keys[i] > key || tie, chunk.span.begin + positions[i], mask);
+    const int64_t tie = static_cast<int64_t>(keys[i] == key) & static_cast<int64_t>(left > 0);
+    left -= tie;
+    const unsigned kept = static_cast<unsigned>(keys[i] > key) | static_cast<unsigned>(tie);
+    const unsigned at = positions[i];
+    if constexpr (Packed) {
+      mask[at / 8] = static_cast<uint8_t>(mask[at / 8] | (kept << (at % 8)));
+    } else {
+      mask[at] = static_cast<uint8_t>(kept);
+    }
   }
+  ties = left;
 }
 
 template <typename K>
@@ -235,21 +266,21 @@ int64_t sample_keys(const TopkProblem& problem, const TopkTensor& t, const int64
 
 template <typename K>
 int64_t sample(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
-               int64_t elements, int64_t wanted, K* keys) {
+               int64_t elements, int64_t wanted, int64_t next, int64_t last, K* keys) {
   // Element i * step + (something below step): stratified, and no period of the data can hide.
   const int64_t step = elements / wanted > 0 ? elements / wanted : 1;
-  int64_t offsets[kBlock], count = 0, found = 0, first = 0, i = 0;
-  for (int64_t c = 0; c < n_chunks && i < wanted; ++c) {
+  int64_t offsets[kBlock], count = 0, found = 0, first = 0, i = next;
+  for (int64_t c = 0; c < n_chunks && i < last; ++c) {
     const TopkSpan& span = chunks[c].span;
     const TopkTensor& t = problem.tensors[span.tensor];
     const int64_t end = first + span.end - span.begin;
-    while (i < wanted) {
+    while (i < last) {
       uint64_t hash = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15u;
       hash = (hash ^ (hash >> 29)) * 0xbf58476d1ce4e5b9u;
       const int64_t at =
           i * step + static_cast<int64_t>((hash >> 33) % static_cast<uint64_t>(step));
       if (at < end) offsets[count++] = span.begin + at - first, ++i;
-      const bool leave = at >= end || i == wanted;
+      const bool leave = at >= end || i == last;
       if (count == kBlock || (leave && count > 0)) {
         if constexpr (sizeof(K) == 8) {
           found += is_double(problem, t)
@@ -321,43 +352,6 @@ TopkStatus direct(const TopkProblem& problem, const TopkSpan* spans, int64_t n_s
   return {TopkStatus::ok, 0, present};
 }
 
-template <typename K>
-TopkKept kept(const TopkProblem& problem, const TopkSpan& span) {
-  TopkTensor t = problem.tensors[span.tensor];
-  t.within = nullptr;  // the mask says more
-  uint8_t bytes[kBlock];
-  alignas(64) K keys[kBlock];
-  TopkKept result{0, 0.0, 0.0};
-  K least = KeyTraits<K>::highest;
-  double sums[8] = {};
-  for (int64_t at = span.begin; at < span.end; at += kBlock) {
-    const int64_t n = span.end - at < kBlock ? span.end - at : kBlock;
-    const uint8_t* mask = t.mask + at;
-    if (problem.packed) {
-      for (int64_t i = 0; i < n; i += 64) {
-        uint64_t bits = 0;
-        const int64_t count = n - i < 64 ? n - i : 64;
-        std::memcpy(&bits, t.mask + (at + i) / 8, static_cast<size_t>((count + 7) / 8));
-        write_bits(bits, 64, bytes + i);
-      }
-      mask = bytes;
-    }
-    make_keys(problem, t, at, n, keys);
-    for (int64_t i = 0; i < n; ++i) {
-      const bool is_kept = mask[i] != 0;
-      result.count += is_kept ? 1 : 0;
-      least = is_kept && keys[i] < least ? keys[i] : least;
-      sums[i % 8] += is_kept ? score_of(problem, keys[i]) : 0.0;
-    }
-  }
-  for (int half = 4; half > 0; half /= 2) {
-    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
-  }
-  result.sum = sums[0];
-  result.least = result.count > 0 ? score_of(problem, least) : __builtin_inf();
-  return result;
-}
-
 template <typename T>
 void square_scores(const TopkProblem& problem, const TopkTensor& t, int64_t begin, int64_t n,
                    double* out) {
@@ -383,6 +377,14 @@ __attribute__((noinline)) void add_lanes(const double* squares, int64_t n, doubl
   for (int j = 0; j < 16; ++j) lanes[j] = sums[j];
 }
 
+// The upper half of the 16 sums added to the lower, and so on.
+inline double add_up(double* lanes) {
+  for (int half = 8; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  }
+  return lanes[0];
+}
+
 }  // namespace
 
 int64_t topk_count(const uint8_t* within, int64_t n) {
@@ -397,11 +399,66 @@ int64_t topk_count(const uint8_t* within, int64_t n) {
   return total;
 }
 
+namespace {
+
+template <typename K>
+TopkKept kept(const TopkProblem& problem, const TopkSpan& span) {
+  TopkTensor t = problem.tensors[span.tensor];
+  t.within = nullptr;  // the mask says more
+  uint8_t bytes[kBlock];
+  alignas(64) K keys[kBlock];
+  alignas(64) double scores[kBlock];
+  TopkKept result{0, 0.0, 0.0};
+  Vec<K> least = broadcast(KeyTraits<K>::highest);
+  double sums[16] = {};
+  for (int64_t at = span.begin; at < span.end; at += kBlock) {
+    const int64_t n = span.end - at < kBlock ? span.end - at : kBlock;
+    const uint8_t* mask = t.mask + at;
+    if (problem.packed) {
+      for (int64_t i = 0; i < n; i += 64) {
+        uint64_t bits = 0;
+        const int64_t count = n - i < 64 ? n - i : 64;
+        std::memcpy(&bits, t.mask + (at + i) / 8, static_cast<size_t>((count + 7) / 8));
+        write_bits(bits, 64, bytes + i);
+      }
+      mask = bytes;
+    }
+    make_keys(problem, t, at, n, keys);
+    restrict_keys(mask, n, keys);
+    result.count += topk_count(mask, n);
+    // Up to the next multiple of 64, keys are the lowest: no elements.
+    for (int64_t i = 0; i < n; i += kLanes<K>) {
+      const Vec<K> v = load(keys + i);
+      const Vec<K> some = v != KeyTraits<K>::lowest ? v : broadcast(KeyTraits<K>::highest);
+      least = some < least ? some : least;
+      store(keys + i, score_bits<K>(v != KeyTraits<K>::lowest ? v : broadcast(K{0})));
+    }
+    typename KeyTraits<K>::Score narrow[kBlock];
+    std::memcpy(narrow, keys, sizeof(keys));
+    for (int64_t i = 0; i < (n + 15) / 16 * 16; ++i) scores[i] = narrow[i];
+    add_lanes(scores, (n + 15) / 16 * 16, sums);
+  }
+  result.sum = add_up(sums);
+  K smallest = KeyTraits<K>::highest;
+  for (int j = 0; j < kLanes<K>; ++j) smallest = least[j] < smallest ? least[j] : smallest;
+  result.least = result.count > 0 ? score_of(smallest) : __builtin_inf();
+  return result;
+}
+
+}  // namespace
+
 int64_t topk_sample(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
                     int64_t elements, int64_t wanted, void* keys) {
-  return problem.wide
-             ? sample(problem, chunks, n_chunks, elements, wanted, static_cast<int64_t*>(keys))
-             : sample(problem, chunks, n_chunks, elements, wanted, static_cast<int32_t*>(keys));
+  return topk_sample_part(problem, chunks, n_chunks, elements, wanted, 0, wanted, keys);
+}
+
+int64_t topk_sample_part(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
+                         int64_t elements, int64_t wanted, int64_t first, int64_t last,
+                         void* keys) {
+  return problem.wide ? sample(problem, chunks, n_chunks, elements, wanted, first, last,
+                               static_cast<int64_t*>(keys))
+                      : sample(problem, chunks, n_chunks, elements, wanted, first, last,
+                               static_cast<int32_t*>(keys));
 }
 
 TopkThreshold topk_select(bool wide, void* keys, int64_t n, int64_t rank, void* scratch) {
@@ -444,9 +501,15 @@ void topk_square_bins(const TopkProblem& problem, const TopkChunk* chunks, int64
 
 void topk_accept(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
                  const TopkCandidates& candidates, int64_t key, int64_t ties) {
+  const int32_t narrow = static_cast<int32_t>(key);
   for (int64_t c = 0; c < n_chunks; ++c) {
-    problem.wide ? accept<int64_t>(problem, chunks[c], candidates, key, ties)
-                 : accept<int32_t>(problem, chunks[c], candidates, key, ties);
+    if (problem.packed) {
+      problem.wide ? accept<true, int64_t>(problem, chunks[c], candidates, key, ties)
+                   : accept<true, int32_t>(problem, chunks[c], candidates, narrow, ties);
+    } else {
+      problem.wide ? accept<false, int64_t>(problem, chunks[c], candidates, key, ties)
+                   : accept<false, int32_t>(problem, chunks[c], candidates, narrow, ties);
+    }
   }
 }
 
@@ -490,10 +553,7 @@ void topk_norms(const TopkProblem& problem, int64_t tensor, int64_t cols, int64_
       for (; n % 16 != 0; ++n) squares[n] = 0.0;
       add_lanes(squares, n, lanes);
     }
-    for (int half = 8; half > 0; half /= 2) {
-      for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-    }
-    norms[r] = __builtin_sqrt(lanes[0]);
+    norms[r] = __builtin_sqrt(add_up(lanes));
   }
 }
 

@@ -58,8 +58,8 @@ struct TopkSpan {
   int64_t tensor, begin, end;
 };
 
-constexpr int64_t kTopkChunk = 32768;  // elements; a position inside a chunk fits 16 bits
-constexpr int64_t kTopkBins = 2048;    // of a histogram
+constexpr int64_t kTopkChunk = 32768;       // elements; a position inside a chunk fits 16 bits
+constexpr int64_t kTopkBins = 2048;         // of a histogram
 constexpr int64_t kTopkSquareBins = 32768;  // of magnitudes: the upper half of a nonnegative key
 
 // Splits the keys into five classes: above > bounds[0] >= top > bounds[1] >= inside > bounds[2]
@@ -148,6 +148,10 @@ FASTPRUNE_PER_ISA(
     // are candidates. Returns how many; at most wanted. keys: room for wanted + 64.
     int64_t topk_sample(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
                         int64_t elements, int64_t wanted, void* keys);
+    // The same for the samples [first, last) of those wanted.
+    int64_t topk_sample_part(const TopkProblem& problem, const TopkChunk* chunks, int64_t n_chunks,
+                             int64_t elements, int64_t wanted, int64_t first, int64_t last,
+                             void* keys);
     // The rank-th largest of n keys, 1 <= rank <= n. There is room for 64 keys more, which are
     // overwritten. scratch: room for n / 2 + 64 keys.
     TopkThreshold topk_select(bool wide, void* keys, int64_t n, int64_t rank, void* scratch);

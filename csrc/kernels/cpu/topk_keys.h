@@ -2,6 +2,7 @@
 // time, ranked in memory.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
@@ -48,6 +49,35 @@ inline T fuse(T a, T b) {
 template <TopkScore S>
 constexpr bool kSigned = S == TopkScore::identity || S == TopkScore::product;
 
+// The bits of signed scores become keys in their order. V is K, or a vector of it.
+template <typename K, typename V>
+inline V ordered(V key) {
+  const V sign = key >> (8 * sizeof(K) - 1), magnitude = key & KeyTraits<K>::highest;
+  key ^= sign & KeyTraits<K>::highest;
+  key = key == -1 ? key + 1 : key;  // only -0 maps to -1
+  const V highest = (key | KeyTraits<K>::highest) & KeyTraits<K>::highest;
+  return magnitude > KeyTraits<K>::infinity ? highest : key;
+}
+
+// Turns the bits of n signed scores into keys, in place; returns the largest.
+template <typename K>
+K order_keys(K* keys, int64_t n) {
+  Vec<K> most = broadcast(KeyTraits<K>::lowest);
+  int64_t i = 0;
+  for (; i + kLanes<K> <= n; i += kLanes<K>) {
+    const Vec<K> v = ordered<K>(load(keys + i));
+    store(keys + i, v);
+    most = v > most ? v : most;
+  }
+  K largest = KeyTraits<K>::lowest;
+  for (int j = 0; j < kLanes<K>; ++j) largest = most[j] > largest ? most[j] : largest;
+  for (; i < n; ++i) {
+    keys[i] = ordered<K>(keys[i]);
+    largest = keys[i] > largest ? keys[i] : largest;
+  }
+  return largest;
+}
+
 // T is the type that scores are computed in; keys may be wider. Returns the largest key.
 template <TopkScore S, typename T, typename K>
 K fuse_keys(const T* a, const T* b, int64_t n, K* keys) {
@@ -57,19 +87,13 @@ K fuse_keys(const T* a, const T* b, int64_t n, K* keys) {
     const typename Traits::Score score = fuse<S>(a[i], b[i]);
     K key;
     std::memcpy(&key, &score, sizeof(K));
-    if constexpr (kSigned<S>) {
-      const K sign = key >> (8 * sizeof(K) - 1);
-      const bool nan = (key & Traits::highest) > Traits::infinity;
-      key ^= sign & Traits::highest;
-      key += key == -1 ? 1 : 0;  // only -0 maps to -1
-      key = nan ? Traits::highest : key;
-    } else {
+    if constexpr (!kSigned<S>) {
       key &= Traits::highest;
+      largest = key > largest ? key : largest;
     }
     keys[i] = key;
-    largest = key > largest ? key : largest;
   }
-  return largest;
+  return kSigned<S> ? order_keys(keys, n) : largest;
 }
 
 template <typename T, typename K>
@@ -112,10 +136,10 @@ template <typename T, typename K>
 K scaled_keys(TopkScore score, const T* a, const T* b, T scale, int64_t n, K* keys) {
   alignas(64) T scores[kBlock];
   fuse_scores(score, a, b, n, scores);
-  const bool positive = score == TopkScore::magnitude || score == TopkScore::saliency;
-  for (int64_t i = 0; i < n; ++i) {
-    const T s = positive && scores[i] < 0 ? -scores[i] : scores[i];
-    scores[i] = s * scale;
+  if (score == TopkScore::magnitude || score == TopkScore::saliency) {
+    for (int64_t i = 0; i < n; ++i) scores[i] = std::fabs(scores[i]) * scale;
+  } else {
+    for (int64_t i = 0; i < n; ++i) scores[i] *= scale;
   }
   return fuse_keys<TopkScore::identity>(scores, scores, n, keys);
 }
@@ -146,8 +170,7 @@ K largest_key(const K* keys, int64_t n) {
 
 // Keys of n <= kBlock elements, padded with the lowest key to a multiple of 64. True: one is NaN.
 template <typename K>
-bool make_keys(const TopkProblem& problem, const TopkTensor& t, int64_t begin, int64_t n,
-               K* keys) {
+bool make_keys(const TopkProblem& problem, const TopkTensor& t, int64_t begin, int64_t n, K* keys) {
   using Traits = KeyTraits<K>;
   K largest;
   if constexpr (sizeof(K) == 8) {
@@ -162,12 +185,15 @@ bool make_keys(const TopkProblem& problem, const TopkTensor& t, int64_t begin, i
   return largest > Traits::infinity && largest_key(keys, n) > Traits::infinity;
 }
 
-// The score that a key stands for; -0 became +0.
+// The scores that keys stand for; -0 became +0. Keys of scores without a sign are not negative.
+template <typename K, typename V>
+inline V score_bits(V key) {
+  return key ^ ((key >> (8 * sizeof(K) - 1)) & KeyTraits<K>::highest);
+}
+
 template <typename K>
-double score_of(const TopkProblem& problem, K key) {
-  const bool is_signed = problem.scaled || problem.score == TopkScore::identity ||
-                         problem.score == TopkScore::product;
-  if (is_signed && key < 0) key ^= KeyTraits<K>::highest;
+inline double score_of(K key) {
+  key = score_bits<K>(key);
   typename KeyTraits<K>::Score score;
   std::memcpy(&score, &key, sizeof(K));
   return score;
@@ -180,10 +206,11 @@ inline uint64_t greater_bits(const int32_t* keys, int32_t bound) {
   uint64_t bits = 0;
 #if defined(__AVX512F__)
   const __m512i limit = _mm512_set1_epi32(bound);
+  __mmask16 part[4];
   for (int i = 0; i < 4; ++i) {
-    const uint64_t part = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(keys + 16 * i), limit);
-    bits |= part << (16 * i);
+    part[i] = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(keys + 16 * i), limit);
   }
+  bits = _mm512_kunpackd(_mm512_kunpackw(part[3], part[2]), _mm512_kunpackw(part[1], part[0]));
 #elif defined(__AVX2__)
   const __m256i limit = _mm256_set1_epi32(bound);
   for (int i = 0; i < 8; ++i) {

@@ -57,15 +57,15 @@ def uniform_noise(
         return constant - 2**64 if constant >= 2**63 else constant
 
     def shifted(z: Tensor, bits: int) -> Tensor:  # logical: >> copies the sign
-        return (z >> bits) & (2 ** (64 - bits) - 1)
+        moved: Tensor = (z >> bits) & (2 ** (64 - bits) - 1)
+        return moved
 
     index = torch.arange(first + 1, first + 1 + math.prod(shape), device=device)
     z = index * signed(0x9E3779B97F4A7C15) + signed(seed % 2**64)
     z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
     z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
     z = z ^ shifted(z, 31)
-    fractions: Tensor = shifted(z, 12).double() / 2**52
-    return fractions.view(tuple(shape))
+    return (shifted(z, 12).double() / 2**52).view(tuple(shape))
 
 
 def lamp_scores(values: Tensor, within: Tensor | None = None) -> Tensor:
