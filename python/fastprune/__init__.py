@@ -8,7 +8,7 @@ from fastprune import _extension
 
 _C = _extension.load()
 
-from fastprune import data, models, nn, ops, reference, timing  # noqa: E402
+from fastprune import data, distributed, models, nn, ops, reference, timing  # noqa: E402
 from fastprune.build import build_info  # noqa: E402
 from fastprune.convert import accelerate, finalize  # noqa: E402
 from fastprune.masks import Masks  # noqa: E402
@@ -44,6 +44,7 @@ __all__ = [
     "accelerate",
     "build_info",
     "data",
+    "distributed",
     "finalize",
     "gini_index",
     "global_topk_mask",

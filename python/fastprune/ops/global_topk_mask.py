@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastprune.distributed.call import over_ranks
+from fastprune.distributed.layout import is_sharded
 from fastprune.ops.topk_call import Scope, Score, TopkCall, lamp_of
 from fastprune.ops.topk_checks import OP, counts_of, kept_count
 from fastprune.ops.topk_restricted import restricted
@@ -89,6 +91,8 @@ def global_topk_mask(
     min_per_tensor: int = 0,
     packed: bool = False,
     names: Sequence[str] | None = None,
+    group: Any = None,
+    ranks: Literal["distinct", "replicated"] = "distinct",
 ) -> list[Tensor]:
     r"""Mark the best-scoring weights of a whole network, exactly as many as asked for.
 
@@ -132,6 +136,21 @@ def global_topk_mask(
         packed: masks of bits: flat uint8 tensors of ceil(n / 8) elements, the first element of
             eight in the lowest bit, as ``numpy.packbits(bitorder="little")`` packs.
         names: one name per tensor, for error messages.
+        group: a ``torch.distributed`` process group whose ranks select together, each of them in
+            this call with the same arguments but for the tensors. DTensors need none: their mesh
+            and placements (Shard and Replicate, uneven or empty shards too) say what is where, the
+            masks are DTensors placed alike, and ties go by the index in the whole tensors. A rank
+            whose part fails raises its error, all others a RuntimeError that names it; a rank that
+            dies or stays away is a RuntimeError after the group's timeout. No rank then has masks.
+        ranks: what the ranks of ``group`` hold. ``distinct``: each its own tensors, as many as it
+            likes; the masks are those of all lists one after the other, rank 0's first (scopes
+            ``layer`` and ``neuron`` concern the rank's own tensors). ``replicated``: all the same
+            tensors, as under DDP: ``other``, or ``scores`` where there is one factor, is averaged
+            if it differs, and all ranks return the same masks. With ``magnitude`` nothing is
+            averaged: weights that differ are an error.
+            Over ranks whose elements compete, ``noise``, ``lamp`` and ``min_per_tensor`` are
+            refused, ``packed`` too for DTensors, and rows must lie whole on a rank for the scopes
+            ``neuron`` and ``filter``.
     Returns:
         L contiguous bool tensors, shaped and placed like ``scores``; uint8 if ``packed``.
     Raises:
@@ -140,6 +159,8 @@ def global_topk_mask(
             fewer than the frozen ones and minima need, an unknown scope or score, ``other`` or
             ``seed`` missing or unused, a 0-dimensional tensor with scope ``neuron`` or ``filter``.
         TypeError: dtypes or argument types other than described.
+        RuntimeError: with ``group`` or DTensors: another rank failed, died or stayed away, or
+            copies of the same shards came to different masks.
 
     About one read of the factors and one write of the masks; a second read where a massed value
     (the zeros of an earlier mask) is split by the threshold, and for ``lamp``; with
@@ -153,6 +174,10 @@ def global_topk_mask(
     Diao et al. 2023, Section 4; filters ranked across layers as in Lin et al. 2020; LAMP as in Lee
     et al. 2021, Equation 3.
     """
+    if group is not None or ranks != "distinct" or is_sharded(scores):
+        more: dict[str, Any] = {"scale": scale, "seed": seed, "frozen": frozen}
+        more |= {"min_per_tensor": min_per_tensor, "packed": packed, "names": names}
+        return over_ranks(scores, density, k, scope, score, other, within, group, ranks, more)
     call = TopkCall.check(scores, scope, score, other, within, scale, seed, packed, names)
     counts = counts_of(call.units(), scope, density, k)
     if frozen is None and isinstance(min_per_tensor, int) and min_per_tensor == 0:

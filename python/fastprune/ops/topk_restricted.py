@@ -37,7 +37,7 @@ def restricted(call: TopkCall, counts: list[int], frozen: Any, min_per_tensor: A
         pairs = zip(call.values, first, strict=False)
         noise = [uniform_noise(v.shape, call.seed, at, v.device) for v, at in pairs]
         call = replace(call, values=noise, score="identity", seed=0)
-    whole = _frozen(frozen, n)
+    whole = check_frozen(frozen, n)
     free = [i for i in range(n) if not whole[i]]
     candidates = {i: call.candidates(i) for i in range(n)}
     masks: dict[int, Tensor] = {i: call.all_of(i) for i in range(n) if whole[i]}
@@ -69,7 +69,8 @@ def _units(call: TopkCall, i: int, mask: Tensor) -> int:
     return int((rows_of(mask).any(dim=1) if call.scope == "filter" else mask).sum())
 
 
-def _frozen(frozen: Any, n: int) -> Sequence[bool]:
+def check_frozen(frozen: Any, n: int) -> Sequence[bool]:
+    """One bool for each of n tensors; None: nothing is frozen."""
     if frozen is None:
         return [False] * n
     if isinstance(frozen, (str, Tensor)) or not isinstance(frozen, Sequence):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastprune.distributed.call import link_of
 from fastprune.masks import Masks
 from fastprune.ops.global_topk_mask import Scope
 from fastprune.pruners.arguments import density_of, masks_of, network_of, weights_of
@@ -46,6 +48,7 @@ def prune(
     temperature: float | None = None,
     revive: bool | None = None,
     progress: Callable[[int, int], Any] | None = None,
+    group: Any = None,
 ) -> Masks:
     r"""Choose which weights of a model to keep.
 
@@ -109,6 +112,11 @@ def prune(
         temperature: GraSP: divides the output before the loss, 200 by default.
         revive: FORCE: False keeps pruned weights from returning.
         progress: called as ``progress(step, steps)`` after each step.
+        group: a ``torch.distributed`` process group whose ranks hold the same model (under DDP:
+            give ``ddp.module``) and make this call together, each with ``data`` of its own. What
+            is averaged over batches is averaged over those of all ranks, by number of samples; all
+            ranks return the same masks. An error on one rank is an error on all. Models sharded
+            with FSDP2 need no group; so far their weights can be pruned by ``magnitude``.
     Returns:
         Masks of the prunable weights, on the weights' devices.
     Raises:
@@ -123,33 +131,38 @@ def prune(
     Papers: 002 (de Jorge et al. 2021), Algorithm 1; 003 (Vysogorets and Kempe 2023), section 3;
     000, Appendix B.
     """
-    pruner = make_pruner(
-        method,
-        {
-            "example_input": example_input,
-            "generator": generator,
-            "temperature": temperature,
-            "revive": revive,
-        },
-    )
-    if scope not in SCOPES:
-        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
-    if scope == "filter" and pruner.signed:
-        raise ValueError(f"scope: 'filter' takes norms, and the scores of {pruner.name} are signed")
-    if progress is not None and not callable(progress):
-        raise TypeError(f"progress: expected a callable, got {type(progress).__name__}")
-    density = density_of(sparsity, schedule)
-    weights = weights_of(model, include, exclude)
-    refuse_transposed(model, weights, scope)
-    if schedule is None:
-        schedule = "exponential"
-    if steps is None and isinstance(schedule, str):
-        steps = pruner.default_steps
-    shapes = [w.shape for w in weights.values()]
-    plan = plan_counts(shapes, density, scope, schedule, steps, monotone=not pruner.revive)
+    link = None if group is None else link_of(group)
+    with nullcontext() if link is None else link.agreement():
+        pruner = make_pruner(
+            method,
+            {
+                "example_input": example_input,
+                "generator": generator,
+                "temperature": temperature,
+                "revive": revive,
+            },
+        )
+        if scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+        if scope == "filter" and pruner.signed:
+            raise ValueError(
+                f"scope: 'filter' takes norms, and the scores of {pruner.name} are signed"
+            )
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress: expected a callable, got {type(progress).__name__}")
+        density = density_of(sparsity, schedule)
+        weights = weights_of(model, include, exclude)
+        refuse_transposed(model, weights, scope)
+        if schedule is None:
+            schedule = "exponential"
+        if steps is None and isinstance(schedule, str):
+            steps = pruner.default_steps
+        shapes = [w.shape for w in weights.values()]
+        plan = plan_counts(shapes, density, scope, schedule, steps, monotone=not pruner.revive)
     with preserved(model):
-        network = network_of(model, weights, pruner, data, loss, batches_per_step, dtype)
-        masks = run(pruner, network, plan, scope, progress)
+        with nullcontext() if link is None else link.agreement():
+            network = network_of(model, weights, pruner, data, loss, batches_per_step, dtype, link)
+        masks = run(pruner, network, plan, scope, progress, group, link)
         result = Masks(masks)
     warn_of_empty_layers(masks, pruner.name or type(pruner).__name__)
     return result

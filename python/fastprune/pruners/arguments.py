@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.distributed.link import Link
 from fastprune.masks import Masks
 from fastprune.masks_model import match
 from fastprune.pruners.base import Pruner
@@ -46,6 +47,7 @@ def network_of(
     loss: Loss | None,
     batches_per_step: int | None,
     dtype: torch.dtype | None,
+    link: Link | None = None,
 ) -> Network:
     """The network, once ``data``, ``loss`` and the rest are known to fit the method."""
     if dtype not in (None, torch.float32, torch.float64):
@@ -68,7 +70,12 @@ def network_of(
     per_step = batches_per_step if pruner.needs_data else 1
     batches = None if data is None else Batches(data, per_step)
     return Network(
-        model, list(weights), dtype=dtype or pruner.default_dtype, batches=batches, loss=loss
+        model,
+        list(weights),
+        dtype=dtype or pruner.default_dtype,
+        batches=batches,
+        loss=loss,
+        link=link,
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fastprune.distributed.link import Link
 from fastprune.ops.global_topk_mask import Scope, Score, global_topk_mask, kept_count
 from fastprune.pruners.network import Network
 from fastprune.reference.global_topk_mask import fuse_score
@@ -86,17 +88,21 @@ def run(
     plan: Sequence[int | list[int]],
     scope: Scope,
     progress: Callable[[int, int], Any] | None,
+    group: Any = None,
+    link: Link | None = None,
 ) -> dict[str, Tensor]:
     """Score and select once per entry of ``plan``; the masks after the last step.
 
     Each step scores the network at the mask of the step before (paper 002, Algorithm 1). Unless
-    the method revives weights, masks are nested.
+    the method revives weights, masks are nested. With a group (and the link to it) all ranks
+    run this and come to the same masks.
     """
     names = network.names
     masks: list[Tensor] | None = None
     for step, count in enumerate(plan, start=1):
-        network.begin_step()
-        scores = checked_scores(pruner, network)
+        with nullcontext() if link is None else link.agreement():
+            network.begin_step()
+            scores = checked_scores(pruner, network)
         masks = global_topk_mask(
             [scores.values[n] for n in names],
             k=count,
@@ -105,6 +111,8 @@ def run(
             other=None if scores.other is None else [scores.other[n] for n in names],
             within=None if pruner.revive else masks,
             names=names,
+            group=group,
+            ranks="distinct" if group is None else "replicated",
         )
         network.masks = dict(zip(names, masks, strict=True))
         if progress is not None:
@@ -198,8 +206,13 @@ def _transposed(schedule: Any, layers: int, scope: str) -> list[list[int]]:
 
 def warn_of_empty_layers(masks: Mapping[str, Tensor], method: str) -> None:
     """One warning that names every layer without a weight left."""
-    empty = [n for n, m in masks.items() if m.numel() and not bool(m.any())]
+    empty = [n for n, m in masks.items() if m.numel() and not _keeps_any(m)]
     if empty:
         warnings.warn(
             f"{method} pruned every weight of: {', '.join(empty)}", UserWarning, stacklevel=3
         )
+
+
+def _keeps_any(mask: Tensor) -> bool:
+    whole = getattr(mask, "full_tensor", None)  # of a DTensor, any() would see a shard only
+    return bool(mask.any()) if whole is None else bool(mask.sum().full_tensor())  # type: ignore[attr-defined]

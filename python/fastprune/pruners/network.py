@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
+from fastprune.distributed.link import Link
 from fastprune.pruners.data import (
     Batches,
     batch_size,
@@ -50,6 +51,7 @@ class Network:
         dtype: torch.dtype | None = None,
         batches: Batches | None = None,
         loss: Loss | None = None,
+        link: Link | None = None,
     ) -> None:
         self.names = tuple(names)
         self.masks: Mapping[str, Tensor] = {}
@@ -57,6 +59,7 @@ class Network:
         self._dtype = dtype
         self._batches = batches
         self._loss = loss
+        self._link = link  # to ranks with the same model and other batches
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         for name, tensor in (self._parameters | self._buffers).items():
@@ -190,22 +193,36 @@ class Network:
         term: Callable[[Tensor, list[Tensor]], Sequence[Tensor | None]],
         temperature: float | None,
     ) -> dict[str, Tensor]:
-        """Mean of ``term`` over the batches of this step, weighted by samples."""
+        """Mean of ``term`` over the batches of this step, of all ranks, weighted by samples."""
         assert self._batches is not None, "checked by prune() and score()"
+        batches = self._batches
         self._replay_random_numbers()
         state, leaves = self._state()
         sums = [torch.zeros_like(w, dtype=torch.float64, requires_grad=False) for w in leaves]
         # Sizes relative to the first batch's: one batch, or equal ones, get a weight of exactly 1.
         first_size, relative = 0, 0.0
-        for index, (x, y) in enumerate(self._batches):
-            size = batch_size(x)
-            first_size = first_size or size
-            weight = size / first_size
-            relative += weight
-            loss = self._loss_at(state, x, y, temperature, index)
-            for total, value in zip(sums, term(loss, leaves), strict=True):
-                if value is not None:
-                    total.add_(value.detach(), alpha=weight)
+
+        def add_up() -> None:
+            nonlocal first_size, relative
+            for index, (x, y) in enumerate(batches):
+                size = batch_size(x)
+                first_size = first_size or size
+                weight = size / first_size
+                relative += weight
+                loss = self._loss_at(state, x, y, temperature, index)
+                for total, value in zip(sums, term(loss, leaves), strict=True):
+                    if value is not None:
+                        total.add_(value.detach(), alpha=weight)
+
+        if self._link is None:
+            add_up()
+        else:
+            self._link.vote(add_up)
+            samples = torch.tensor(relative * first_size, dtype=torch.float64)
+            self._link.add_(samples)
+            relative = float(samples)
+            for total in sums:
+                self._link.add_(total.mul_(first_size))
         return {
             n: (total / relative).to(_wide(leaf))
             for n, total, leaf in zip(self.names, sums, leaves, strict=True)
