@@ -338,7 +338,7 @@ def pruners(rank: int, size: int) -> None:
 
 def errors(rank: int, size: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Partial, Shard
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
     world, bad = dist.group.WORLD, size - 1
     g = torch.Generator().manual_seed(rank)
@@ -407,7 +407,7 @@ def errors(rank: int, size: int) -> None:
             {
                 "scores": [half],
                 "score": "product",
-                "other": [DTensor.from_local(torch.ones(64, 8), mesh, [Shard(1)])],
+                "other": [distribute_tensor(torch.ones(8 * size, 8), mesh, [Shard(1)])],
             },
             "other[0]: expected the placements",
         ),

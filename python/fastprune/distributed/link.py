@@ -161,7 +161,7 @@ class Link:
         """For each entry of an int64 vector: whether it is the same on all ranks."""
 
         def both_ways() -> Tensor:
-            own = work()
+            own = work().to(torch.int64)  # an empty list is made a float tensor
             return torch.cat([own, ~own])  # ~x falls as x grows, and does not overflow
 
         most = self.max(2 * length, both_ways)
