@@ -101,7 +101,7 @@ def tensor_statistics(
     Accuracy, with u = 2^-53: everything is computed in float64 and nothing overflows on the way.
     The sum is within 1200 u sum(abs(w)) of the true one. A power sum is within a factor of
     1 +- (1200 + 3 p) u; norms and power means, 1 +- (8 + (1200 + 3 p) / p) u. Mostly the errors of
-    many terms cancel: 25.6 million normal numbers came out within 2 u. The exponents 1, 2, 1/2 and
+    many terms cancel: 25.6 million normal numbers came out within 12 u. The exponents 1, 2, 1/2 and
     integers up to 64 are products and square roots; others are 2^(p log2(abs(w))) by series of our
     own, each term within (4 + 3 p) u. The Gini index is within 16 u of the true one: its inner
     sums are integers, only the last one rounds.
