@@ -100,7 +100,7 @@ def simulated(n: int, size: int, dtype: torch.dtype, distinct: bool) -> tuple[Tr
     link = Link(OneOfMany(size))
     with record_traffic() as traffic:
         link.max(3, lambda: None)  # as the public function begins: arguments, then sizes
-        link.sum(3, lambda: None)
+        link.sum(5, lambda: None)
         run(link, [select(p)])
     bounds = part.above(torch.tensor(part.bounds[1:3])).tolist()
     lo, hi = 0, 2**63 - 1 if part.wide else 2**31 - 1

@@ -21,7 +21,7 @@ from distributed_cases import Case, case_of, small_or_large
 from fastprune.distributed import ThreadRank, Traffic, link, on_threads, record_traffic, selection
 from fastprune.distributed.digest import digest
 from fastprune.distributed.layout import box_of
-from fastprune.distributed.parts import Inputs, NativePart, TorchPart
+from fastprune.distributed.parts import EmptyPart, Inputs, NativePart, TorchPart
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 HERE = Path(__file__).resolve().parent
@@ -114,6 +114,52 @@ def test_threads_as_ranks(isa: str) -> None:
         traffic: Traffic = results[0][1]
         assert traffic.bytes <= MOST_BYTES, (traffic, case)
         assert all(t == traffic for _, t in results)
+
+
+def test_plain_torch_as_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes that run where there are no kernels, ranked by the same driver."""
+
+    def plain(self: Inputs) -> Any:
+        filled = [i for i, v in enumerate(self.values) if v.numel()]
+        return TorchPart(self.chosen(filled)) if filled else EmptyPart()
+
+    monkeypatch.setattr(Inputs, "part", plain)
+    for seed in range(300, 330):
+        case, rnd = case_of(seed, small_or_large, most=5), random.Random(seed)
+        size = rnd.randint(1, 3)
+        owner = sorted(rnd.randrange(size) for _ in case.values)
+
+        def work(rank: ThreadRank, case: Case = case, owner: list[int] = owner) -> Any:
+            return fp.global_topk_mask(**spread(case, owner, rank.rank), group=rank)
+
+        got = [mask for masks in together(size, work) for mask in masks]
+        assert all(torch.equal(a, b) for a, b in zip(got, case.expected(), strict=True)), case
+
+
+@pytest.mark.skipif(not (HERE.parent / "bench").is_dir(), reason="no bench beside the tests")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_table_sends_what_a_selection_sends(dtype: torch.dtype) -> None:
+    """The figures of the README: real weights take as many rounds, or one more or less."""
+    sys.path.insert(0, str(HERE.parent))
+    try:
+        from bench.bench_distributed import simulated
+    finally:
+        sys.path.pop(0)
+    x = torch.randn(4, 500_000, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def work(rank: ThreadRank) -> Traffic:
+        with record_traffic() as traffic:
+            fp.global_topk_mask([x[rank.rank]], 0.1, score="magnitude", group=rank)
+        return traffic
+
+    real, (table, _, _) = together(4, work)[0], simulated(x.numel(), 4, dtype, True)
+    assert abs(real.rounds - table.rounds) <= 2, (real, table)
+    assert abs(real.bytes - table.bytes) <= 2 * 17_000, (real, table)
+    for n in (7 * 10**9, 10**12):
+        for size in (8, 4096):
+            for distinct in (True, False):
+                traffic, _, _ = simulated(n, size, dtype, distinct)
+                assert traffic.bytes <= MOST_BYTES
 
 
 def test_samples_that_mislead_and_candidates_that_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
