@@ -12,20 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import fastprune as fp
-from bench.harness import machine
+from bench.harness import machine, print_times
 from fastprune.reference.global_topk_mask import lamp_scores
-from fastprune.timing import Timing, measure
+from fastprune.timing import measure
 
 DENSITY = 0.1
 SWEEP = (0.5, 0.2, 0.1, 0.05, 0.02)
@@ -185,21 +183,6 @@ def threads(n: int, many: int) -> dict[str, Calls]:
     return {f"threads, n = {n:,}": fns}
 
 
-def print_table(title: str, times: Mapping[str, Timing]) -> None:
-    unit = next(iter(times))
-    own = times.get("fastprune", times[unit]).median
-    table = Table("", "ms", "quartiles", f"over {unit}", "over fastprune", title=title)
-    for name, t in times.items():
-        table.add_row(
-            name,
-            f"{t.median * 1e3:.3f}",
-            f"{t.low * 1e3:.3f} - {t.high * 1e3:.3f}",
-            f"{t.median / times[unit].median:.2f}",
-            f"{t.median / own:.2f}",
-        )
-    Console(width=110).print(table)
-
-
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -223,7 +206,7 @@ def large() -> dict[str, Any]:
         min_time=1.0,
         min_rounds=3,
     )
-    print_table("|w|, bfloat16, n = 1,000,000,000", times)
+    print_times("|w|, bfloat16, n = 1,000,000,000", times)
     extra = max(0, peak() - before - w.numel())
     print(f"extra memory: {extra / 1e6:.1f} MB, {extra / (2 * w.numel()):.2%} of the scores")
     return {"times": {k: t.to_dict() for k, t in times.items()}, "extra_bytes": extra}
@@ -250,7 +233,7 @@ def main() -> None:
     for part in parts:
         for title, fns in part(args.n).items():
             times = measure(fns, min_time=args.min_time)
-            print_table(title, times)
+            print_times(title, times)
             out["tables"][title] = {name: t.to_dict() for name, t in times.items()}
     if args.large:
         torch.set_num_threads(args.threads)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastprune as fp
-from bench.bench_global_topk_mask import print_table
+from bench.harness import print_times
 from fastprune.timing import measure
 
 Fns = dict[str, Callable[[], object]]
@@ -84,7 +84,7 @@ def against_others(n: int, min_time: float) -> None:
             "numpy, float32": numpy_powers(a, p),
         }
         title = f"count, nonzero, sum, min, max, sum |w|^p for p = {p}, float32, n = {n:,}"
-        print_table(title, measure(fns, min_time=min_time), "floor")
+        print_times(title, measure(fns, min_time=min_time), "floor")
     fns = {
         "floor": w.sum,
         "fastprune": lambda: fp.gini_index([w]),
@@ -92,7 +92,7 @@ def against_others(n: int, min_time: float) -> None:
         "numpy.sort": lambda: numpy_gini(a),
         "numpy.sort alone": lambda: np.sort(a),
     }
-    print_table(f"Gini index, float32, n = {n:,}", measure(fns, min_time=min_time), "floor")
+    print_times(f"Gini index, float32, n = {n:,}", measure(fns, min_time=min_time), "floor")
 
 
 def cases(n: int, min_time: float) -> None:
@@ -112,7 +112,7 @@ def cases(n: int, min_time: float) -> None:
         **{str(dtype).removeprefix("torch."): call(x) for dtype, x in low.items()},
         "strided (transposed)": call(w[: n // 1000 * 1000].view(-1, 1000).t()),
     }
-    print_table(f"n = {n:,}, public call", measure(fns, min_time=min_time), "p = 1, 2")
+    print_times(f"n = {n:,}, public call", measure(fns, min_time=min_time), "p = 1, 2")
     index, zeros, equal = fp.gini_index, w * kept, torch.ones(n)
     uniform = torch.rand(n, generator=g) + 1
     fns = {
@@ -124,7 +124,7 @@ def cases(n: int, min_time: float) -> None:
         "uniform in [1, 2)": lambda: index([uniform]),
         "within a mask of 10 %": lambda: index([w], within=[kept]),
     }
-    print_table(f"Gini index, n = {n:,}", measure(fns, min_time=min_time), "float32")
+    print_times(f"Gini index, n = {n:,}", measure(fns, min_time=min_time), "float32")
 
 
 def network(name: str, min_time: float) -> None:
@@ -149,7 +149,7 @@ def network(name: str, min_time: float) -> None:
         "numpy, Gini (concatenated before)": sorts,
     }
     title = f"{name}, {len(weights)} layers and all together, {n:,} weights"
-    print_table(title, measure(fns, min_time=min_time), "fastprune")
+    print_times(title, measure(fns, min_time=min_time), "fastprune")
 
 
 def main() -> None:

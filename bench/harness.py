@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,6 +62,22 @@ def machine() -> dict[str, Any]:
     from fastprune.cli.machine import describe
 
     return dict(describe(torch.device("cpu"), torch.float32))
+
+
+def print_times(title: str, times: Mapping[str, Timing], unit: str | None = None) -> None:
+    """Medians and quartiles, over the candidate ``unit`` (the first), and over fastprune's own."""
+    unit = unit or next(iter(times))
+    own = times.get("fastprune", times[unit]).median
+    table = Table("", "ms", "quartiles", f"over {unit}", "over fastprune", title=title)
+    for name, t in times.items():
+        table.add_row(
+            name,
+            f"{t.median * 1e3:.3f}",
+            f"{t.low * 1e3:.3f} - {t.high * 1e3:.3f}",
+            f"{t.median / times[unit].median:.2f}",
+            f"{t.median / own:.2f}",
+        )
+    Console(width=110).print(table)
 
 
 def print_rows(title: str, rows: list[Row]) -> None:
