@@ -12,7 +12,7 @@ import torch
 import fastprune as fp
 
 ROOT = Path(__file__).resolve().parent.parent
-STEMS = ["masked_linear", "masked_conv2d", "global_topk_mask"]
+STEMS = ["masked_linear", "masked_conv2d", "global_topk_mask", "tensor_statistics"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -81,8 +81,9 @@ def test_every_stem_has_all_its_files(stem: str) -> None:
     for path in ("csrc/ops", "csrc/kernels/cpu", "python/fastprune/ops"):
         # And no stem of an op that this list does not know.
         known = {*STEMS, "common", "pattern", "isa", "simd", "panel", "scalar_types", "__init__"}
-        known |= {"activations", "batch_norm", "layout", "product"}
+        known |= {"activations", "batch_norm", "layout", "product", "tensor_statistics_gini"}
         known |= {"plan", "plan_registry", "planned"}
-        parts = ("topk", "conv_", "masked_conv2d_", "masked_linear_")  # of an op's kernels
+        # Of an op's kernels:
+        parts = ("topk", "conv_", "masked_conv2d_", "masked_linear_", "statistics_")
         found = {p.name.split(".")[0] for p in (ROOT / path).glob("*.*")}
         assert found <= known | {p for p in found if p.startswith(parts)}, path

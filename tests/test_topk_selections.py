@@ -358,3 +358,15 @@ def test_reference_serves_other_devices() -> None:
             strict=True,
         ):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements() -> None:
+    x = torch.zeros(2**31 + 100, dtype=torch.bfloat16)
+    x[7], x[-1], x[2**31 + 5] = -2.0, 1.0, 0.5
+    for k, expected in ((2, [7, 2**31 + 99]), (4, [0, 7, 2**31 + 5, 2**31 + 99])):
+        mask = fp.global_topk_mask([x], k=k, score="magnitude")[0]
+        assert mask.nonzero().flatten().tolist() == expected
+        del mask
+    tail = fp.global_topk_mask([x[-200:], x], k=2, score="magnitude", packed=True)
+    assert [int(t.count_nonzero()) for t in tail] == [1, 1]  # the view's last, and entry 7

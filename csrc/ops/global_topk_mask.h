@@ -1,6 +1,7 @@
 // global_topk_mask: the checks that every device entry shares.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -50,5 +51,26 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
                                    const std::vector<Tensor>& other,
                                    const std::vector<Tensor>& within,
                                    const std::vector<int64_t>& counts, const TopkOptions& options);
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
+}
+
+// Scores in float64: keys of 64 bits.
+inline bool is_wide(TopkScore score, const TopkTensor& t) {
+  return score == TopkScore::noise || t.dtype == DType::f64 ||
+         (t.other != nullptr && t.other_dtype == DType::f64);
+}
+
+inline std::string take_string(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
 
 }  // namespace fastprune

@@ -15,12 +15,17 @@ from fastprune.masks import Masks  # noqa: E402
 from fastprune.ops import (  # noqa: E402
     KeptScores,
     Pattern,
+    SparsityIndex,
+    TensorStatistics,
+    gini_index,
     global_topk_mask,
     global_topk_sweep,
     kept_scores,
     masked_conv2d,
     masked_linear,
     pack,
+    pq_index,
+    tensor_statistics,
 )
 from fastprune.pruners import Pruner, prune, score  # noqa: E402
 from fastprune.report import LayerReport, Report  # noqa: E402
@@ -34,11 +39,14 @@ __all__ = [
     "Pattern",
     "Pruner",
     "Report",
+    "SparsityIndex",
+    "TensorStatistics",
     "accelerate",
     "build_info",
     "data",
     "distributed",
     "finalize",
+    "gini_index",
     "global_topk_mask",
     "global_topk_sweep",
     "kept_scores",
@@ -48,8 +56,10 @@ __all__ = [
     "nn",
     "ops",
     "pack",
+    "pq_index",
     "prune",
     "reference",
     "score",
+    "tensor_statistics",
     "timing",
 ]

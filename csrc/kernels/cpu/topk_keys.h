@@ -271,6 +271,36 @@ inline void write_bits(uint64_t bits, int64_t n, uint8_t* mask) {
 }
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "write_bits stores words");
 
+// The mask of elements [at, at + n), n <= 64, of a tensor.
+inline void put_mask(bool packed, uint64_t bits, int64_t at, int64_t n, uint8_t* mask) {
+  if (packed && n == 64) {
+    std::memcpy(mask + at / 8, &bits, 8);
+  } else if (packed) {
+    std::memcpy(mask + at / 8, &bits, static_cast<size_t>((n + 7) / 8));
+  } else {
+    write_bits(bits, n, mask + at);
+  }
+}
+
+inline void put_mask(bool packed, bool kept, int64_t at, uint8_t* mask) {
+  if (!packed) {
+    mask[at] = kept ? 1 : 0;
+    return;
+  }
+  const uint8_t bit = static_cast<uint8_t>(1u << (at % 8));
+  mask[at / 8] = static_cast<uint8_t>((mask[at / 8] & ~bit) | (kept ? bit : 0));
+}
+
+template <typename K, typename F>
+inline void for_each_block(const TopkProblem& problem, const TopkSpan& span, F f) {
+  alignas(64) K keys[kBlock];
+  for (int64_t at = span.begin; at < span.end; at += kBlock) {
+    const int64_t n = span.end - at < kBlock ? span.end - at : kBlock;
+    const bool nan = make_keys(problem, problem.tensors[span.tensor], at, n, keys);
+    f(keys, at, n, nan);
+  }
+}
+
 // ---- Ranking keys in memory --------------------------------------------------------------------
 
 // Whole vectors: the keys are padded with the lowest to a multiple of 64.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastprune.distributed.call import over_ranks
 from fastprune.distributed.layout import is_sharded
-from fastprune.ops.topk_call import OP, Scope, Score, TopkCall, count_of, kept_count, lamp_of
+from fastprune.ops.topk_call import Scope, Score, TopkCall, lamp_of
+from fastprune.ops.topk_checks import OP, counts_of, kept_count
 from fastprune.ops.topk_restricted import restricted
 from fastprune.reference.global_topk_mask import fuse_score, unpack_bits
 
@@ -178,7 +179,7 @@ def global_topk_mask(
         more |= {"min_per_tensor": min_per_tensor, "packed": packed, "names": names}
         return over_ranks(scores, density, k, scope, score, other, within, group, ranks, more)
     call = TopkCall.check(scores, scope, score, other, within, scale, seed, packed, names)
-    counts = count_of(call, density, k)
+    counts = counts_of(call.units(), scope, density, k)
     if frozen is None and isinstance(min_per_tensor, int) and min_per_tensor == 0:
         return call.run(counts)[0]
     return restricted(call, counts, frozen, min_per_tensor)
@@ -226,7 +227,11 @@ def global_topk_sweep(
         raise TypeError(f"{OP}: {name}: expected a sequence, got {type(given).__name__}")
     if len(given) == 0:
         raise ValueError(f"{OP}: {'densities' if k is None else 'k'}: expected at least one")
-    counts = [count_of(call, g, None) if k is None else count_of(call, None, g) for g in given]
+    units = call.units()
+    if k is None:
+        counts = [counts_of(units, scope, density, None) for density in given]
+    else:
+        counts = [counts_of(units, scope, None, one) for one in given]
     if scope in ("global", "filter"):
         return call.run([single for (single,) in counts])
     return [call.run(c)[0] for c in counts]

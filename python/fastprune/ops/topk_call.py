@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fastprune import reference
+from fastprune.ops.topk_checks import OP, expected_float, labels_of, scales_of, tensors
 from fastprune.reference.global_topk_mask import fuse_score, pack_bits, rows_of
 
 Scope = Literal["global", "layer", "neuron", "filter"]
@@ -20,12 +21,6 @@ Score = Literal["identity", "magnitude", "product", "saliency", "square", "noise
 SCOPES = ("global", "layer", "neuron", "filter")
 SCORES = ("identity", "magnitude", "product", "saliency", "square", "noise", "lamp")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-OP = "global_topk_mask"
-
-
-def kept_count(density: float, n: int) -> int:
-    """Number of entries kept out of n: floor(density * n + 0.5), the rounding used everywhere."""
-    return math.floor(density * n + 0.5)
 
 
 @dataclass(frozen=True)
@@ -58,10 +53,10 @@ class TopkCall:
         values = tensors(scores, "scores", None)
         if not values:
             raise ValueError(f"{OP}: scores: expected at least one tensor, got none")
-        labels = _labels(names, len(values))
+        labels = labels_of(names, len(values))
         for i, t in enumerate(values):
             if t.dtype not in FLOATS:
-                raise TypeError(f"{OP}: scores{labels[i]}: {_expected_float(t)}")
+                raise TypeError(f"{OP}: scores{labels[i]}: {expected_float(t)}")
             if t.device != values[0].device:
                 raise ValueError(
                     f"{OP}: scores{labels[i]}: expected the device {values[0].device} of the "
@@ -87,7 +82,7 @@ class TopkCall:
         allowed: list[Tensor] = [] if within is None else tensors(within, "within", values)
         for i, t in enumerate(factors):
             if t.dtype not in FLOATS:
-                raise TypeError(f"{OP}: other{labels[i]}: {_expected_float(t)}")
+                raise TypeError(f"{OP}: other{labels[i]}: {expected_float(t)}")
         for i, t in enumerate(allowed):
             if t.dtype != torch.bool:
                 raise TypeError(
@@ -112,7 +107,7 @@ class TopkCall:
             allowed,
             scope,
             score,
-            _scales(scale, score, labels),
+            scales_of(scale, score, labels),
             wrapped,
             packed,
             labels,
@@ -261,108 +256,3 @@ def lamp_of(values: list[Tensor], within: list[Tensor]) -> list[Tensor]:
         fuse_score(v, None, "lamp", within=within[i] if within else None)
         for i, v in enumerate(values)
     ]
-
-
-def _labels(names: Any, n: int) -> list[str]:
-    """The index, and the tensor's name if given."""
-    if names is None:
-        return [f"[{i}]" for i in range(n)]
-    if isinstance(names, str):
-        raise TypeError(f"{OP}: names: expected a sequence of names, got a string")
-    if len(names) != n:
-        raise ValueError(f"{OP}: names: expected {n} names, one per tensor, got {len(names)}")
-    return [f"[{i}] ({name})" for i, name in enumerate(names)]
-
-
-def _scales(scale: Any, score: str, labels: list[str]) -> list[float]:
-    if scale is None:
-        return []
-    if score == "lamp":
-        raise ValueError(f"{OP}: scale: score 'lamp' does not use it, leave it out")
-    if isinstance(scale, (str, Tensor)) or not isinstance(scale, Sequence):
-        kind = type(scale).__name__
-        raise TypeError(f"{OP}: scale: expected a sequence of numbers, got {kind}")
-    if len(scale) != len(labels):
-        raise ValueError(
-            f"{OP}: scale: expected {len(labels)} numbers, one per tensor, got {len(scale)}"
-        )
-    for i, s in enumerate(scale):
-        if isinstance(s, bool) or not isinstance(s, Real):
-            raise TypeError(f"{OP}: scale{labels[i]}: expected a number, got {type(s).__name__}")
-        if not math.isfinite(s):
-            raise ValueError(f"{OP}: scale{labels[i]}: expected a finite number, got {s}")
-    return [float(s) for s in scale]
-
-
-def _expected_float(t: Tensor) -> str:
-    return f"expected dtype float32, float64, bfloat16 or float16, got {t.dtype}"
-
-
-def tensors(given: Any, name: str, like: list[Tensor] | None) -> list[Tensor]:
-    """A list of tensors, of the same length, shapes and device as ``like``."""
-    if isinstance(given, Tensor) or not isinstance(given, Sequence):
-        kind = type(given).__name__
-        raise TypeError(f"{OP}: {name}: expected a sequence of tensors, got {kind}")
-    if like is not None and len(given) != len(like):
-        raise ValueError(
-            f"{OP}: {name}: expected {len(like)} tensors, one per tensor of scores, "
-            f"got {len(given)}"
-        )
-    for i, t in enumerate(given):
-        if not isinstance(t, Tensor):
-            kind = type(t).__name__
-            raise TypeError(f"{OP}: {name}[{i}]: expected a tensor, got {kind}")
-        if like is None:
-            continue
-        if t.shape != like[i].shape:
-            raise ValueError(
-                f"{OP}: {name}[{i}]: expected the shape {tuple(like[i].shape)} of scores[{i}], "
-                f"got {tuple(t.shape)}"
-            )
-        if t.device != like[i].device:
-            raise ValueError(
-                f"{OP}: {name}[{i}]: expected the device {like[i].device} of scores[{i}], "
-                f"got {t.device}"
-            )
-    return list(given)
-
-
-def count_of(call: TopkCall, density: Any, k: Any) -> list[int]:
-    """Kept counts as the op takes them: one, or one per tensor for ``layer`` and ``neuron``."""
-    if (density is None) == (k is None):
-        raise ValueError(
-            f"{OP}: density, k: expected exactly one of them, got "
-            + ("neither" if k is None else "both")
-        )
-    units = call.units()
-    if density is not None:
-        if isinstance(density, bool) or not isinstance(density, Real):
-            raise TypeError(f"{OP}: density: expected a number, got {type(density).__name__}")
-        fraction = float(density)
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"{OP}: density: expected a fraction in [0, 1], got {density}")
-        return [kept_count(fraction, n) for n in units]
-    single = call.scope in ("global", "filter")
-    if single:
-        given: Sequence[Any] = [k]
-    elif isinstance(k, Sequence) and not isinstance(k, str):
-        given = k
-    else:
-        raise TypeError(
-            f"{OP}: k: expected a sequence of one int per tensor with scope {call.scope!r}, "
-            f"got {type(k).__name__}"
-        )
-    if len(given) != len(units):
-        raise ValueError(f"{OP}: k: expected {len(units)} counts, got {len(given)}")
-    counts = []
-    for i, (count, n) in enumerate(zip(given, units, strict=True)):
-        name = "k" if single else f"k[{i}]"
-        if isinstance(count, bool) or not isinstance(count, Integral):
-            raise TypeError(
-                f"{OP}: {name}: expected an int with scope {call.scope!r}, "
-                f"got {type(count).__name__}"
-            )
-        counts.append(int(count))
-        if not 0 <= counts[-1] <= n:
-            raise ValueError(f"{OP}: {name}: expected 0 to {n}, got {count}")
-    return counts

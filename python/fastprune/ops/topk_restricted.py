@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastprune.ops.topk_call import OP, TopkCall
+from fastprune.ops.topk_call import TopkCall
+from fastprune.ops.topk_checks import OP
 from fastprune.reference.global_topk_mask import rows_of, uniform_noise, unpack_bits
 
 
