@@ -164,6 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> filter_cpu(
   std::vector<TopkChunk> chunks = p.chunks();
   const int64_t workers = std::min<int64_t>(static_cast<int64_t>(chunks.size()), thread_count());
   const int64_t key_bytes = wide ? 8 : 4;
+  for (const Tensor& mask : masks) advise_huge_pages(mask);  // written here for the first time
   capacity = std::min(capacity, p.elements) + 64;
   std::vector<int64_t> first_chunk(static_cast<size_t>(workers) + 1), found(workers);
   // Any worker may meet all of them; pages that none touches are never backed by memory. Where the
