@@ -15,6 +15,9 @@ from fastprune.ops.plan import Plan
 # cache. Sparser rows take wider blocks, so that a row still finds about 16 entries in each.
 _BLOCK_COLS = (128, 1024)
 _ENTRIES_PER_BLOCK = 16
+# A convolution's panel holds whole rows of a map: beyond this many columns of pointwise and of
+# larger kernels it outgrows the L2 cache, or its layout, and the product takes two to three times.
+_MOST_CONV_COLS = (256, 384)
 _MAX_BLOCK_COLS = 32767
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -62,9 +65,11 @@ class Pattern(NamedTuple):
         )
 
 
-def block_depth(depth: int, taps: int, density: float) -> int:
+def block_depth(depth: int, taps: int, density: float, conv: bool) -> int:
     """Channels per block for rows of ``depth`` channels with ``taps`` kernel positions each."""
     low, high = _BLOCK_COLS
+    if conv:
+        high = _MOST_CONV_COLS[taps > 1]
     cols = min(max(_ENTRIES_PER_BLOCK / max(density, 1e-9), low), high)
     return max(1, min(int(cols) // taps, _MAX_BLOCK_COLS // taps, depth))
 
@@ -101,7 +106,11 @@ def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
     on_cpu = mask.detach().to("cpu").reshape(rows, depth * taps)
     nnz = int(on_cpu.count_nonzero())
     density = nnz / max(on_cpu.numel(), 1)
-    blocks = block_depth(depth, taps, density), block_depth(rows // groups, taps, density)
+    conv = mask.dim() == 4
+    blocks = (
+        block_depth(depth, taps, density, conv),
+        block_depth(rows // groups, taps, density, conv),
+    )
     row_ptr, offset, row_ptr_t, offset_t = torch.ops.fastprune.pack_pattern(
         on_cpu, groups, taps, *blocks
     )
