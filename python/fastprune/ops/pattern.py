@@ -15,9 +15,11 @@ from fastprune.ops.plan import Plan
 # cache. Sparser rows take wider blocks, so that a row still finds about 16 entries in each.
 _BLOCK_COLS = (128, 1024)
 _ENTRIES_PER_BLOCK = 16
-# A convolution's panel holds whole rows of a map: beyond this many columns of pointwise and of
-# larger kernels it outgrows the L2 cache, or its layout, and the product takes two to three times.
-_MOST_CONV_COLS = (256, 384)
+# A convolution's panel holds whole rows of a map: with many more columns it outgrows the L2 cache,
+# or its layout, and the product takes two to three times.
+_CONV_COLS = (144, 320)
+_CONV_ENTRIES = 19
+_POINTWISE_COLS = (128, 256)
 _MAX_BLOCK_COLS = 32767
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -68,9 +70,12 @@ class Pattern(NamedTuple):
 def block_depth(depth: int, taps: int, density: float, conv: bool) -> int:
     """Channels per block for rows of ``depth`` channels with ``taps`` kernel positions each."""
     low, high = _BLOCK_COLS
-    if conv:
-        high = _MOST_CONV_COLS[taps > 1]
-    cols = min(max(_ENTRIES_PER_BLOCK / max(density, 1e-9), low), high)
+    entries = _ENTRIES_PER_BLOCK
+    if conv and taps == 1:
+        low, high = _POINTWISE_COLS
+    elif conv:
+        (low, high), entries = _CONV_COLS, _CONV_ENTRIES
+    cols = min(max(entries / max(density, 1e-9), low), high)
     return max(1, min(int(cols) // taps, _MAX_BLOCK_COLS // taps, depth))
 
 
