@@ -9,17 +9,26 @@ data that is not normal; then the layers of a network.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import fastprune as fp
-from bench.harness import print_times
-from fastprune.timing import measure
+from bench.harness import as_times, machine, print_times
+from fastprune.timing import Timing, measure
 
 Fns = dict[str, Callable[[], object]]
+TABLES: dict[str, Any] = {}  # what was measured, for the file
+
+
+def report(title: str, times: dict[str, Timing], unit: str) -> None:
+    print_times(title, times, unit)
+    TABLES[title] = as_times(times)
 
 
 def torch_gini(w: Tensor) -> Tensor:
@@ -84,7 +93,7 @@ def against_others(n: int, min_time: float) -> None:
             "numpy, float32": numpy_powers(a, p),
         }
         title = f"count, nonzero, sum, min, max, sum |w|^p for p = {p}, float32, n = {n:,}"
-        print_times(title, measure(fns, min_time=min_time), "floor")
+        report(title, measure(fns, min_time=min_time), "floor")
     fns = {
         "floor": w.sum,
         "fastprune": lambda: fp.gini_index([w]),
@@ -92,7 +101,7 @@ def against_others(n: int, min_time: float) -> None:
         "numpy.sort": lambda: numpy_gini(a),
         "numpy.sort alone": lambda: np.sort(a),
     }
-    print_times(f"Gini index, float32, n = {n:,}", measure(fns, min_time=min_time), "floor")
+    report(f"Gini index, float32, n = {n:,}", measure(fns, min_time=min_time), "floor")
 
 
 def cases(n: int, min_time: float) -> None:
@@ -112,7 +121,7 @@ def cases(n: int, min_time: float) -> None:
         **{str(dtype).removeprefix("torch."): call(x) for dtype, x in low.items()},
         "strided (transposed)": call(w[: n // 1000 * 1000].view(-1, 1000).t()),
     }
-    print_times(f"n = {n:,}, public call", measure(fns, min_time=min_time), "p = 1, 2")
+    report(f"n = {n:,}, public call", measure(fns, min_time=min_time), "p = 1, 2")
     index, zeros, equal = fp.gini_index, w * kept, torch.ones(n)
     uniform = torch.rand(n, generator=g) + 1
     fns = {
@@ -124,7 +133,7 @@ def cases(n: int, min_time: float) -> None:
         "uniform in [1, 2)": lambda: index([uniform]),
         "within a mask of 10 %": lambda: index([w], within=[kept]),
     }
-    print_times(f"Gini index, n = {n:,}", measure(fns, min_time=min_time), "float32")
+    report(f"Gini index, n = {n:,}", measure(fns, min_time=min_time), "float32")
 
 
 def network(name: str, min_time: float) -> None:
@@ -149,7 +158,7 @@ def network(name: str, min_time: float) -> None:
         "numpy, Gini (concatenated before)": sorts,
     }
     title = f"{name}, {len(weights)} layers and all together, {n:,} weights"
-    print_times(title, measure(fns, min_time=min_time), "fastprune")
+    report(title, measure(fns, min_time=min_time), "fastprune")
 
 
 def main() -> None:
@@ -157,6 +166,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=25_600_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--min-time", type=float, default=0.5, help="seconds per candidate")
+    parser.add_argument("--json", type=Path, default=Path("out/statistics.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     isa = fp.build_info()["cpu_isa"]
@@ -164,6 +174,9 @@ def main() -> None:
     against_others(args.n, args.min_time)
     cases(args.n, args.min_time)
     network("resnet50-imagenet", args.min_time)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({"machine": machine(), "tables": TABLES}, indent=1))
+    print(f"written to {args.json}")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_every_stem_has_all_its_files(stem: str) -> None:
         # And no stem of an op that this list does not know.
         known = {*STEMS, "common", "pattern", "isa", "simd", "panel", "scalar_types", "__init__"}
         known |= {"activations", "batch_norm", "layout", "product", "tensor_statistics_gini"}
-        known |= {"plan", "plan_registry", "planned"}
+        known |= {"plan", "plan_registry", "planned", "convert"}
         # Of an op's kernels:
         parts = ("topk", "conv_", "masked_conv2d_", "masked_linear_", "statistics_")
         found = {p.name.split(".")[0] for p in (ROOT / path).glob("*.*")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -124,51 +123,6 @@ def check_served(score: str, scope: str, mesh: Any, more: dict[str, Any]) -> Non
         raise ValueError(f"{_OP}: packed: expected False with DTensors, got True")
     if more["frozen"] is not None and scope not in ("global", "filter"):
         raise ValueError(f"{_OP}: frozen: expected scope 'global' or 'filter', got {scope!r}")
-
-
-def check_counts(density: Any, k: Any, scope: str) -> None:
-    """The types of ``density`` and ``k``; their ranges need the sizes of all ranks."""
-    if (density is None) == (k is None):
-        raise ValueError(
-            f"{_OP}: density, k: expected exactly one of them, got "
-            + ("neither" if k is None else "both")
-        )
-    if density is not None:
-        if isinstance(density, bool) or not isinstance(density, Real):
-            raise TypeError(f"{_OP}: density: expected a number, got {type(density).__name__}")
-        if not 0 <= float(density) <= 1:
-            raise ValueError(f"{_OP}: density: expected a fraction in [0, 1], got {density}")
-    elif scope in ("global", "filter"):
-        if isinstance(k, bool) or not isinstance(k, Integral):
-            raise TypeError(
-                f"{_OP}: k: expected an int with scope {scope!r}, got {type(k).__name__}"
-            )
-    elif isinstance(k, str) or not isinstance(k, Sequence):
-        raise TypeError(
-            f"{_OP}: k: expected a sequence of one int per tensor with scope {scope!r}, "
-            f"got {type(k).__name__}"
-        )
-
-
-def kept_counts(density: float | None, k: Any, units: Sequence[int], scope: str) -> list[int]:
-    """Kept counts, one for each number of units."""
-    from fastprune.ops.global_topk_mask import kept_count
-
-    if density is not None:
-        return [kept_count(float(density), n) for n in units]
-    single = scope in ("global", "filter")
-    given = [k] if single else list(k)
-    if len(given) != len(units):
-        raise ValueError(f"{_OP}: k: expected {len(units)} counts, got {len(given)}")
-    for i, (count, n) in enumerate(zip(given, units, strict=True)):
-        name = "k" if single else f"k[{i}]"
-        if isinstance(count, bool) or not isinstance(count, Integral):
-            raise TypeError(
-                f"{_OP}: {name}: expected an int with scope {scope!r}, got {type(count).__name__}"
-            )
-        if not 0 <= int(count) <= n:
-            raise ValueError(f"{_OP}: {name}: expected 0 to {n}, got {count}")
-    return [int(count) for count in given]
 
 
 def _without_data(given: Any) -> Any:

@@ -14,10 +14,8 @@ from torch import Tensor
 from fastprune.distributed.arguments import (
     Call,
     boxes_of,
-    check_counts,
     check_served,
     checked,
-    kept_counts,
 )
 from fastprune.distributed.digest import digest_of_all, digest_of_text
 from fastprune.distributed.layout import Shard, is_sharded, mesh_of, mesh_ranks
@@ -25,6 +23,7 @@ from fastprune.distributed.link import Link, ProcessGroups, Ranks
 from fastprune.distributed.parts import KINDS, Inputs
 from fastprune.distributed.replicated import local_masks, replicated_masks
 from fastprune.distributed.selection import Problem, Rounds, run, select
+from fastprune.ops.topk_checks import check_counts, kept_counts
 from fastprune.reference.global_topk_mask import filter_norms, fuse_score, pack_bits, rows_of
 
 Layout = Literal["distinct", "replicated"]

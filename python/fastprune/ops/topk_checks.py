@@ -81,11 +81,8 @@ def tensors(given: Any, name: str, like: list[Tensor] | None) -> list[Tensor]:
     return list(given)
 
 
-def counts_of(units: list[int], scope: str, density: Any, k: Any) -> list[int]:
-    """Kept counts as the op takes them: one, or one per tensor for ``layer`` and ``neuron``.
-
-    ``units`` is what they choose from.
-    """
+def check_counts(density: Any, k: Any, scope: str) -> None:
+    """The types of ``density`` and ``k``; their ranges need the sizes of all ranks."""
     if (density is None) == (k is None):
         raise ValueError(
             f"{OP}: density, k: expected exactly one of them, got "
@@ -94,30 +91,40 @@ def counts_of(units: list[int], scope: str, density: Any, k: Any) -> list[int]:
     if density is not None:
         if isinstance(density, bool) or not isinstance(density, Real):
             raise TypeError(f"{OP}: density: expected a number, got {type(density).__name__}")
-        fraction = float(density)
-        if not 0 <= fraction <= 1:
+        if not 0 <= float(density) <= 1:
             raise ValueError(f"{OP}: density: expected a fraction in [0, 1], got {density}")
-        return [kept_count(fraction, n) for n in units]
-    single = scope in ("global", "filter")
-    if single:
-        given: Sequence[Any] = [k]
-    elif isinstance(k, Sequence) and not isinstance(k, str):
-        given = k
-    else:
+    elif scope in ("global", "filter"):
+        if isinstance(k, bool) or not isinstance(k, Integral):
+            raise TypeError(
+                f"{OP}: k: expected an int with scope {scope!r}, got {type(k).__name__}"
+            )
+    elif isinstance(k, str) or not isinstance(k, Sequence):
         raise TypeError(
             f"{OP}: k: expected a sequence of one int per tensor with scope {scope!r}, "
             f"got {type(k).__name__}"
         )
+
+
+def kept_counts(density: float | None, k: Any, units: Sequence[int], scope: str) -> list[int]:
+    """Kept counts, one for each number of units."""
+    if density is not None:
+        return [kept_count(float(density), n) for n in units]
+    single = scope in ("global", "filter")
+    given = [k] if single else list(k)
     if len(given) != len(units):
         raise ValueError(f"{OP}: k: expected {len(units)} counts, got {len(given)}")
-    counts = []
     for i, (count, n) in enumerate(zip(given, units, strict=True)):
         name = "k" if single else f"k[{i}]"
         if isinstance(count, bool) or not isinstance(count, Integral):
             raise TypeError(
                 f"{OP}: {name}: expected an int with scope {scope!r}, got {type(count).__name__}"
             )
-        counts.append(int(count))
-        if not 0 <= counts[-1] <= n:
+        if not 0 <= int(count) <= n:
             raise ValueError(f"{OP}: {name}: expected 0 to {n}, got {count}")
-    return counts
+    return [int(count) for count in given]
+
+
+def counts_of(units: Sequence[int], scope: str, density: Any, k: Any) -> list[int]:
+    """Kept counts as the op takes them, checked: one, or one for each number of units."""
+    check_counts(density, k, scope)
+    return kept_counts(density, k, units, scope)
