@@ -42,9 +42,10 @@ $(VENV)/.ready: pyproject.toml
 	$(PIP) install --group run --group build --group test --group lint
 	@touch $@
 
-# Editable, in a build folder that is kept: after a change to one kernel this takes seconds.
+# Editable, in a build folder that is kept: after a change to one kernel this takes seconds. With
+# the emulation of CUDA, which the tests use.
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
-	$(PIP) install --no-build-isolation --no-deps --editable .
+	$(PIP) install --no-build-isolation --no-deps --editable . -C cmake.define.FASTPRUNE_EMULATION=ON
 	@touch $@
 
 clean:

@@ -2,10 +2,17 @@
 // runs the static registrations of the torch ops that are linked in.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 
 #include "kernels/cpu/isa.h"
 #include "ops/plan_registry.h"
+
+#if defined(FASTPRUNE_EMULATION)
+namespace fastprune::emulation {  // kernels/cuda/emulation.h, which only CUDA sources may include
+void configure(uint64_t seed, int multiprocessors);
+}
+#endif
 
 namespace py = pybind11;
 
@@ -42,6 +49,10 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+#if defined(FASTPRUNE_EMULATION)
+  m.def("configure_emulation", &fastprune::emulation::configure, py::arg("seed") = 0,
+        py::arg("multiprocessors") = 4);
+#endif
   m.doc() = "fastprune's compiled part: build information and the choice of ISA.";
   m.def("build_info", &build_info);
   m.def("isa", [] { return std::string(fastprune::isa_name(fastprune::current_isa())); });
