@@ -8,7 +8,7 @@ from fastprune import _extension
 
 _C = _extension.load()
 
-from fastprune import data, distributed, models, nn, ops, reference, timing  # noqa: E402
+from fastprune import data, distributed, models, nn, ops, quotas, reference, timing  # noqa: E402
 from fastprune.build import build_info  # noqa: E402
 from fastprune.convert import accelerate, finalize  # noqa: E402
 from fastprune.masks import Masks  # noqa: E402
@@ -58,6 +58,7 @@ __all__ = [
     "pack",
     "pq_index",
     "prune",
+    "quotas",
     "reference",
     "score",
     "tensor_statistics",
