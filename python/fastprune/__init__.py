@@ -8,10 +8,19 @@ from fastprune import _extension
 
 _C = _extension.load()
 
-from fastprune import data, distributed, models, nn, ops, quotas, reference, timing  # noqa: E402
+from fastprune import data, distributed, metrics, models, nn, ops, quotas, reference, timing  # noqa: E402
 from fastprune.build import build_info  # noqa: E402
 from fastprune.convert import accelerate, finalize  # noqa: E402
 from fastprune.masks import Masks  # noqa: E402
+from fastprune.metrics import (  # noqa: E402
+    Macs,
+    MaskChanges,
+    direct_compression,
+    macs,
+    mask_changes,
+    mask_flips,
+    mask_iou,
+)
 from fastprune.ops import (  # noqa: E402
     KeptScores,
     Pattern,
@@ -35,6 +44,8 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "KeptScores",
     "LayerReport",
+    "Macs",
+    "MaskChanges",
     "Masks",
     "Pattern",
     "Pruner",
@@ -44,14 +55,20 @@ __all__ = [
     "accelerate",
     "build_info",
     "data",
+    "direct_compression",
     "distributed",
     "finalize",
     "gini_index",
     "global_topk_mask",
     "global_topk_sweep",
     "kept_scores",
+    "macs",
+    "mask_changes",
+    "mask_flips",
+    "mask_iou",
     "masked_conv2d",
     "masked_linear",
+    "metrics",
     "models",
     "nn",
     "ops",
