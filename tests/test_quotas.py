@@ -86,6 +86,8 @@ def slow(function, shapes, sparsity):
 
 @pytest.mark.parametrize("function", VALID)
 @given(shapes=networks, sparsity=sparsities)
+@example(shapes=[(1,), (10**9,)], sparsity=1 - 2**-53)  # densities below half an ulp of 1
+@example(shapes=[(1,), (31623, 31623)], sparsity=1 - 2**-53)
 def test_definition_1(function, shapes, sparsity):
     layers = function(shapes, sparsity)
     total = sum(sizes_of(shapes))
@@ -420,6 +422,7 @@ def test_fixed_quotas():
         (dict.fromkeys([*names, "9.weight"], 0.5), ValueError, r"not prunable here: 9\.weight"),
         ([0.5, 0.5, -1], ValueError, rf"quota\['{names[2]}'\]"),
         (0.5, TypeError, "quota: .*float"),
+        (masks, TypeError, "quotas.of"),
         ("sparse", ValueError, "quota: unknown name 'sparse'.*igq"),
     ):
         with pytest.raises(error, match=text):

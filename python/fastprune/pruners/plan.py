@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from fastprune.checks import fraction
 from fastprune.ops.global_topk_mask import Scope, kept_count
@@ -233,6 +234,8 @@ def _named(name: str, on_invalid: OnInvalid | None) -> QuotaFunction:
 def _fixed(quota: Any, names: list[str]) -> list[float]:
     """One sparsity per layer, from a sequence in the order of ``names`` or a mapping."""
     if isinstance(quota, Mapping):
+        if any(isinstance(value, Tensor) for value in quota.values()):
+            raise TypeError("quota: these are masks; fastprune.quotas.of gives their sparsities")
         if missing := [n for n in names if n not in quota]:
             raise ValueError(f"quota: no sparsity for {', '.join(missing)}")
         if unknown := [str(n) for n in quota if n not in names]:
