@@ -218,3 +218,16 @@ def test_macs_of_masked_layers():
         r.direct for r in expected.rows
     ]
     assert fp.macs(fast, x).total.dense == expected.total.dense
+
+
+def test_effective_macs():
+    """With the effective masks, what is direct is effective: a cut layer multiplies nothing."""
+    model, x = network().eval(), batch()[0]
+    masks = {n: m.clone() for n, m in fp.Masks.ones(model).items()}
+    masks["7.weight"][:] = False
+    masks["7.weight"][0, 2] = True  # one of five hidden units reaches the output
+    active = fp.effective_masks(model, masks, example_input=x)
+    rows = fp.macs(model, x, active).rows
+    assert [r.direct for r in rows[1:]] == [len(x) * 16, len(x)]
+    assert rows[0].direct == rows[0].dense
+    assert fp.effective_compression(model, {}, example_input=x) == fp.direct_compression({}) == 1.0

@@ -8,9 +8,27 @@ from fastprune import _extension
 
 _C = _extension.load()
 
-from fastprune import data, distributed, metrics, models, nn, ops, quotas, reference, timing  # noqa: E402
+import fastprune.ops  # noqa: E402, F401  # first: the other packages meet in it
+from fastprune import (  # noqa: E402
+    data,
+    distributed,
+    effective,
+    metrics,
+    models,
+    nn,
+    ops,
+    quotas,
+    reference,
+    timing,
+)
 from fastprune.build import build_info  # noqa: E402
 from fastprune.convert import accelerate, finalize  # noqa: E402
+from fastprune.effective import (  # noqa: E402
+    effective_compression,
+    effective_masks,
+    effective_sparsity,
+    path_norms,
+)
 from fastprune.masks import Masks  # noqa: E402
 from fastprune.metrics import (  # noqa: E402
     Macs,
@@ -57,6 +75,10 @@ __all__ = [
     "data",
     "direct_compression",
     "distributed",
+    "effective",
+    "effective_compression",
+    "effective_masks",
+    "effective_sparsity",
     "finalize",
     "gini_index",
     "global_topk_mask",
@@ -73,6 +95,7 @@ __all__ = [
     "nn",
     "ops",
     "pack",
+    "path_norms",
     "pq_index",
     "prune",
     "quotas",

@@ -29,9 +29,7 @@ class LayerSummary:
     @property
     def compression(self) -> float:
         """weights / kept; 1.0 for an empty tensor, infinity where nothing is kept."""
-        if not self.weights:
-            return 1.0
-        return self.weights / self.kept if self.kept else math.inf
+        return compression(self.weights, self.kept)
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,13 @@ class MasksSummary:
     def __str__(self) -> str:
         head = ("name", "shape", "weights", "kept", "density", "sparsity")
         return table(head, [_cells(row) for row in self.rows], _cells(self.total), left=2)
+
+
+def compression(weights: int, kept: int) -> float:
+    """weights / kept; 1.0 where there is nothing to prune, infinity where nothing is kept."""
+    if not weights:
+        return 1.0
+    return weights / kept if kept else math.inf
 
 
 def table(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from fastprune.masks import Masks
+from fastprune.masks import readable
+from fastprune.masks_summary import compression
 
 
 def direct_compression(masks: Mapping[str, Tensor]) -> float:
@@ -23,4 +24,5 @@ def direct_compression(masks: Mapping[str, Tensor]) -> float:
         TypeError, ValueError: as :class:`fastprune.Masks`.
     Paper: 003, section 1. One read of the masks.
     """
-    return Masks.of(masks).summary().total.compression
+    known = readable(masks).values()
+    return compression(sum(m.numel() for m in known), sum(int(m.sum()) for m in known))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastprune.masks import Masks
+from fastprune.masks import readable
 from fastprune.masks_model import match
 from fastprune.masks_summary import shown, table
 from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear
@@ -90,7 +90,7 @@ def macs(model: nn.Module, example_input: Any, masks: Mapping[str, Tensor] | Non
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    matched = [] if masks is None else match(model, Masks.of(masks))
+    matched = [] if masks is None else match(model, readable(masks))
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
     uses = _uses(model, layers, example_input)
     kept: dict[int, Tensor] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastprune.checks import fraction
 from fastprune.distributed.link import Link
-from fastprune.masks import Masks
+from fastprune.masks import readable
 from fastprune.masks_model import match
 from fastprune.pruners.base import Pruner
 from fastprune.pruners.data import Batches
@@ -79,10 +79,10 @@ def network_of(
 
 
 def masks_of(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``masks`` checked, on the devices of the parameters, under their first names."""
+    """``masks`` checked, on the devices of the parameters, under their first names; not copied."""
     first = {id(p): name for name, p in model.named_parameters()}
     known: dict[str, Tensor] = {}
-    for _, weight, given in match(model, Masks.of(masks)):
+    for _, weight, given in match(model, readable(masks)):
         own, mask = first[id(weight)], given.to(weight.device)
         known[own] = known[own] & mask if own in known else mask
     return known
