@@ -14,9 +14,10 @@ from fastprune.masks import Masks
 from fastprune.ops.global_topk_mask import Scope
 from fastprune.pruners.arguments import masks_of, network_of, sparsity_of, weights_of
 from fastprune.pruners.base import Pruner, checked_scores, fused, run, warn_of_empty_layers
+from fastprune.pruners.effective import Chain, measuring, run_effective
 from fastprune.pruners.network import Loss
 from fastprune.pruners.plan import SCOPES, Quota, plan_counts
-from fastprune.pruners.registry import make_pruner
+from fastprune.pruners.registry import make_pruner, takes_input
 from fastprune.pruners.state import preserved
 from fastprune.pruners.targets import Selection, refuse_transposed
 from fastprune.quotas.formulas import OnInvalid
@@ -43,6 +44,7 @@ def prune(
     generator: torch.Generator | None = None,
     temperature: float | None = None,
     revive: bool | None = None,
+    effective: bool = False,
     progress: Callable[[int, int], Any] | None = None,
     group: Any = None,
 ) -> Masks:
@@ -119,6 +121,11 @@ def prune(
         generator: Random: the source of the noise. Without it, two calls give the same masks.
         temperature: GraSP: divides the output before the loss, 200 by default.
         revive: FORCE: False keeps pruned weights from returning.
+        effective: ``sparsity`` is the effective one
+            (:func:`fastprune.effective_sparsity`), followed on ``example_input``, or on the first x
+            of ``data``. The scores and steps are those of the same direct sparsity, up to the step
+            that passes the target; there the number of pruned units is bisected. The masks are
+            those just below the target: one weight fewer would pass it.
         progress: called as ``progress(step, steps)`` after each step.
         group: a ``torch.distributed`` process group whose ranks hold the same model (under DDP:
             give ``ddp.module``) and make this call together, each with ``data`` of its own. What
@@ -130,7 +137,9 @@ def prune(
     Raises:
         ValueError: an argument is out of range, missing, or not used by the method; a score is NaN
             (the message names the layer); the loss is not finite; ``include`` or ``exclude``
-            matches nothing; ``quota`` comes with another scope, does not add up to the sparsity, or
+            matches nothing; an effective sparsity cannot be reached (the message says which is the
+            nearest that can: at high sparsities a network falls apart at one weight); ``quota``
+            comes with another scope, does not add up to the sparsity, or
             is invalid where ``on_invalid`` is ``"error"``.
         TypeError: an argument is of the wrong kind.
     Warns:
@@ -145,7 +154,7 @@ def prune(
         pruner = make_pruner(
             method,
             {
-                "example_input": example_input,
+                "example_input": example_input if not effective or takes_input(method) else None,
                 "generator": generator,
                 "temperature": temperature,
                 "revive": revive,
@@ -176,12 +185,26 @@ def prune(
             steps,
             monotone=not pruner.revive,
         )
+        if effective and (sparsity is None or group is not None):
+            what = "sparsity" if sparsity is None else "group"
+            raise ValueError(
+                f"{what}: effective=True {'needs' if sparsity is None else 'has no'} it"
+            )
+        chain = Chain({n: w.shape for n, w in weights.items()}, scope, quota) if effective else None
         if quota is not None:
             scope = "layer"
     with preserved(model):
         with nullcontext() if link is None else link.agreement():
             network = network_of(model, weights, pruner, data, loss, batches_per_step, dtype, link)
-        masks = run(pruner, network, plan, scope, progress, group, link)
+        if chain is None:
+            masks = run(pruner, network, plan, scope, progress, group, link)
+        else:
+            assert sparsity is not None
+            example = example_input if example_input is not None else network.first_input()
+            if example is None:
+                raise ValueError("example_input: effective=True needs it, or data, to follow paths")
+            measure = measuring(model, network.names, example)
+            masks = run_effective(pruner, network, plan, chain, scope, sparsity, measure, progress)
         result = Masks(masks)
     warn_of_empty_layers(masks, pruner.name or type(pruner).__name__)
     return result

@@ -188,6 +188,14 @@ def _asked(
     return plan
 
 
+def quota_shares(
+    quota: str | QuotaFunction, shapes: Mapping[str, torch.Size], sparsity: float
+) -> list[float]:
+    """Weights that a quota leaves each layer at a sparsity, not rounded."""
+    answer = _answer(quota, shapes, sparsity, None)
+    return [(1.0 - s) * shape.numel() for s, shape in zip(answer, shapes.values(), strict=True)]
+
+
 def _whole_counts(
     sizes: Mapping[str, int],
     sparsities: list[float],

@@ -50,6 +50,12 @@ def make_pruner(method: str | Pruner | type[Pruner], options: dict[str, Any]) ->
     return kind(**given)
 
 
+def takes_input(method: str | Pruner | type[Pruner]) -> bool:
+    """Whether the method itself makes use of an example input."""
+    kind = _find(method) if isinstance(method, str) else method
+    return not isinstance(method, Pruner) and "example_input" in getattr(kind, "options", ())
+
+
 def _find(name: str) -> type[Pruner]:
     wanted = folded(name)
     for known, kind in PRUNERS.items():
