@@ -174,7 +174,7 @@ def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="k: expected 0 to 10, got 11"):
         fp.global_topk_mask([x], k=11)
     allowed = torch.zeros(10, dtype=torch.bool, device=gpu.DEVICE)
-    with pytest.raises(ValueError, match="k: expected at most .*candidates.*, got 1"):
+    with pytest.raises(ValueError, match=r"k: expected at most .*candidates.*, got 1"):
         fp.global_topk_mask([x], k=1, within=[allowed])
     if gpu.ON_CUDA:
         with pytest.raises(ValueError, match="device"):

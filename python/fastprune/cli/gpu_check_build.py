@@ -88,7 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build fastprune into DIR/site, with no network.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--source", type=Path, default=Path(), metavar="DIR")
-    parser.add_argument("--seconds", type=float, default=240.0, help="limit [240]")
+    parser.add_argument("--seconds", type=float, default=190.0, help="limit [190]")
     args = parser.parse_args()
     if capability() is None:
         print("gpu-check: no GPU here (nvidia-smi names none): nothing to check", file=sys.stderr)

@@ -88,29 +88,36 @@ def counts(text: str) -> dict[str, int]:
 def tests(
     source: Path, out: Path, environment: Mapping[str, str], deadline: float, dry: bool
 ) -> dict[str, Any]:
-    """The tests on the GPU first, then all others, over all cores where pytest-xdist is there."""
-    result: dict[str, Any] = {"status": "ok", "runs": {}}
+    """The tests of the GPU, and beside them all others, over all cores with pytest-xdist."""
     ours = sorted(str(path.relative_to(source)) for path in source.glob("tests/test_gpu_*.py"))
-    cores = min(usable_cores(), 16)
-    parallel = ["-n", str(cores)] if importlib.util.find_spec("xdist") and cores > 1 else []
-    common = [sys.executable, "-m", "pytest", *parallel, "--durations=5"]
-    # --strict-config would make an error of a plugin that is not installed here.
-    common += ["-o", "addopts=-ra --strict-markers -p no:cacheprovider"]
     rest = ["tests", "-m", "not slow", *(f"--ignore={path}" for path in ours)]
     environment = {**environment, "OMP_NUM_THREADS": "2", "FASTPRUNE_TEST_DEVICE": "cuda"}
     if dry:
         environment["FASTPRUNE_TEST_DEVICE"] = "cpu"
         ours, rest = ["tests/test_gpu_layers.py"], ["tests/test_schedules.py"]
+    cores = min(usable_cores(), 24)
+    workers = {"gpu": max(cores // 3, 1), "others": max(cores - cores // 3, 1)}
+    if importlib.util.find_spec("xdist") is None:
+        workers = dict.fromkeys(workers, 0)
+    # --strict-config would make an error of a plugin that is not installed here.
+    options = ["--durations=5", "-o", "addopts=-ra --strict-markers -p no:cacheprovider"]
+    started = {}
     for name, what in (("gpu", ours), ("others", rest)):
-        log = out / f"tests-{name}.log"
-        run = Process([*common, *what], log, source, environment).finish(deadline)
+        command = [sys.executable, "-m", "pytest", *options, *what]
+        command += ["-n", str(workers[name])] if workers[name] > 1 else []
+        started[name] = Process(command, out / f"tests-{name}.log", source, environment)
+    runs = {name: process.finish(deadline) for name, process in started.items()}
+    for run in runs.values():
         text = run.pop("text")
         run["counts"] = counts(text)
         run["failures"] = re.findall(r"^(?:FAILED|ERROR) .*$", text, re.MULTILINE)[:100]
-        result["runs"][name] = run
-        if run["status"] != "ok":
-            result["status"] = "failed" if "failed" in result["status"] else run["status"]
-    return result
+    return {"status": worst(runs), "runs": runs}
+
+
+def worst(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """ "failed" if any run failed, else "out of time" if any was, else "ok"."""
+    states = {run["status"] for run in runs.values()}
+    return next((state for state in ("failed", "out of time") if state in states), "ok")
 
 
 def sanitizer(
@@ -143,9 +150,7 @@ def sanitizer(
         ]
         if run["status"] == "failed" and not run["summary"]:
             run["tail"] = text.splitlines()[-8:]
-    states = [run["status"] for run in runs.values()]
-    worst = "failed" if "failed" in states else "out of time" if "out of time" in states else "ok"
-    return {"status": worst, "runs": runs}
+    return {"status": worst(runs), "runs": runs}
 
 
 def bench(
