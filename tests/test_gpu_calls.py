@@ -134,6 +134,32 @@ def test_a_graph_of_a_convolution() -> None:
 
 
 @gpu.needs_cuda
+@pytest.mark.parametrize("score", ["magnitude", "saliency"])
+def test_a_graph_of_a_selection(score: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    values, other = on(torch.randn(70_001, generator=g), torch.randn(70_001, generator=g))
+    options = {"k": 20_000, "score": score, "other": [other] if score == "saliency" else None}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        fp.global_topk_mask([values], **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (mask,) = fp.global_topk_mask([values], **options)
+    for seed in (1, 2):
+        values.copy_(torch.randn(values.shape, generator=g.manual_seed(seed)))
+        graph.replay()
+        assert torch.equal(mask, fp.global_topk_mask([values], **options)[0])
+    values[5] = float("nan")
+    graph.replay()
+    torch.cuda.synchronize()
+    # Nothing waits for a replay: the next call says what it met.
+    with pytest.raises((ValueError, RuntimeError), match="NaN"):
+        fp.global_topk_mask([other], k=5)
+    fp.global_topk_mask([other], k=5)
+
+
+@gpu.needs_cuda
 @pytest.mark.parametrize("batch", BATCHES)
 def test_work_goes_to_the_current_stream(batch: int) -> None:
     """On a side stream behind a long pause: on any other stream it would read stale inputs."""

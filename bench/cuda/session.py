@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastprune as fp
-from bench.cuda.clock import Call, Clock, LostDeviceError, reason
+from bench.cuda.clock import Call, Clock, LostDeviceError, raise_if_lost, reason
 
 Row = dict[str, Any]
 
@@ -73,8 +73,11 @@ class Session:
             self.emit(row | {"error": reason(error)})
             raise
         except Exception as error:  # the other rows are wanted all the same
-            row["error"] = reason(error)
-        self.emit(row)
+            self.emit(row | {"error": reason(error)})
+            if not self.clock.dry:
+                raise_if_lost(error)
+        else:
+            self.emit(row)
         self.clock.release()
 
     def time(
