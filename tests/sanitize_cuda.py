@@ -1,4 +1,4 @@
-"""Small calls of every op for compute-sanitizer: ``compute-sanitizer --tool T python3 THIS``.
+"""Small calls of every op: ``compute-sanitizer --tool T python3 tests/sanitize_cuda.py [PART ...]``.
 
 Sizes off every tile, empty and dense masks, views that are not aligned, a side stream and a
 captured graph. Results are compared with torch's dense ops, loosely: the tests do that exactly.
@@ -118,8 +118,9 @@ def selection() -> None:
         fp.global_topk_sweep([random], (0.5, 0.1, 0.9), score="magnitude")
 
 
-def streams_and_graphs() -> None:
-    if not ON_CUDA:
+def graphs() -> None:
+    """Needs torch's caching allocator: cudaMalloc cannot be captured."""
+    if not ON_CUDA or os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
         return
     for batch, dtype in itertools.product((1, 9, 64), (torch.float32, torch.bfloat16)):
         x = torch.randn(batch, 130, device=DEVICE).to(dtype)
@@ -127,24 +128,44 @@ def streams_and_graphs() -> None:
         pattern = fp.pack(torch.rand(67, 130, device=DEVICE) < 0.3)
         with torch.no_grad():
             expected = fp.masked_linear(x, weight, pattern)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                y = fp.masked_linear(x, weight, pattern)
-            stream.synchronize()
-            close(y, expected, "side stream")
+            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 y = fp.masked_linear(x, weight, pattern)
+                (mask,) = fp.global_topk_mask([weight], k=1000, score="magnitude")
             y.zero_()
             graph.replay()
             torch.cuda.synchronize()
             close(y, expected, "graph")
+            if int(mask.sum()) != 1000:
+                raise AssertionError("graph: selection")
+
+
+def streams() -> None:
+    if not ON_CUDA:
+        return
+    for batch, dtype in itertools.product((1, 9, 64), (torch.float32, torch.bfloat16)):
+        x = torch.randn(batch, 130, device=DEVICE).to(dtype)
+        weight = torch.randn(67, 130, device=DEVICE).to(dtype)
+        pattern = fp.pack(torch.rand(67, 130, device=DEVICE) < 0.3)
+        expected = fp.masked_linear(x, weight, pattern)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            y = fp.masked_linear(x, weight, pattern)
+            fp.global_topk_mask([weight], 0.3, score="magnitude")
+        stream.synchronize()
+        close(y, expected, "side stream")
+
+
+PARTS = (linear, every_form, convolution, selection, streams, graphs)
 
 
 def main() -> int:
     torch.manual_seed(0)
-    for part in (linear, every_form, convolution, selection, streams_and_graphs):
+    for part in PARTS:
+        if sys.argv[1:] and part.__name__ not in sys.argv[1:]:
+            continue
         began = time.monotonic()
         part()
         if ON_CUDA:

@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 from bench.cuda import clock  # noqa: E402
 from bench.cuda.__main__ import SECTIONS  # noqa: E402
 
-from fastprune.cli import gpu_check, gpu_check_stages, main  # noqa: E402
+from fastprune.cli import gpu_check, gpu_check_build, gpu_check_stages, main  # noqa: E402
 from fastprune.cli.gpu_check_analysis import analyse, losses  # noqa: E402
-from fastprune.cli.gpu_check_build import build, targets  # noqa: E402
+from fastprune.cli.gpu_check_build import build  # noqa: E402
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -123,7 +123,7 @@ time.sleep(60)
     assert time.monotonic() - began < 30
     child = int(run["text"].splitlines()[1])
     time.sleep(0.5)
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         state = Path(f"/proc/{child}/stat").read_text().split()[2] if child else ""
         assert state in ("Z", "X")
         os.kill(child, signal.SIGKILL)
@@ -265,13 +265,14 @@ def test_build_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     body = f"import json, sys, time; json.dump(sys.argv, open({str(said)!r}, 'w')); "
     program = script(tmp_path / "python", body + "print('why'); sys.exit(1)")
     monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(gpu_check_build, "capability", lambda: "9.0")
     result = build(ROOT, tmp_path / "out", 30.0)
     assert result["status"] == "failed"
     assert result["tail"] == ["why"]
     assert json.loads((tmp_path / "out/build.json").read_text()) == result
     arguments = json.loads(said.read_text())
     assert {"--no-index", "--no-build-isolation", "--no-deps"} <= set(arguments)
-    assert f"--config-settings=cmake.define.FASTPRUNE_CUDA_ARCHS={targets()}" in arguments
+    assert "--config-settings=cmake.define.FASTPRUNE_CUDA_ARCHS=sm_90;sm_90a" in arguments
     script(tmp_path / "python", body + "time.sleep(60)")
     assert build(ROOT, tmp_path / "out", 1.0)["status"] == "out of time"
 

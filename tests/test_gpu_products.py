@@ -27,6 +27,12 @@ def gradients(y: Tensor, grad: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
     return (y, *torch.autograd.grad(y, of, grad))
 
 
+def close(a: Tensor, b: Tensor) -> None:
+    """Equal but for the order of sums, which may depend on alignment where a library is called."""
+    tolerance = 1e-4 if a.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", gpu.DTYPES[:3], ids=str)
 def test_linear(dtype: torch.dtype, shape: tuple[int, int]) -> None:
@@ -133,7 +139,7 @@ def test_absent_weights_read_nothing(form: str, dtype: torch.dtype, batch: int) 
                 raise
             continue
         assert bool(y.isfinite().all()), density
-        torch.testing.assert_close(y, again)
+        close(y, again)
 
 
 def test_absent_weights_read_nothing_in_a_convolution() -> None:
@@ -156,12 +162,6 @@ def test_infinite_activations_of_kept_weights_arrive() -> None:
     assert y[:, 0].eq(math.inf).all()
     assert y[:, 1].eq(-math.inf).all()
     assert y[:, 2].isnan().all()
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    """Equal but for the order of sums, which may depend on alignment where a library is called."""
-    tolerance = 1e-4 if a.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 33, 256])

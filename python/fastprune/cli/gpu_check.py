@@ -12,7 +12,7 @@ Stages, each in processes of its own with a limit, so that none stops the others
 Run it in a source tree; ``make gpu-check`` also works where nothing is installed yet. Written as it
 goes: ``DIR/gpu-check.json`` (everything), ``DIR/gpu-check.md`` (tables), and the logs of all
 processes. The exit status is 1 if anything failed or ran out of time; an aim that is missed is a
-result, not a failure.
+result, not a failure. Without git's history the variable FASTPRUNE_COMMIT names the commit.
 
 The JSON file::
 
@@ -188,13 +188,15 @@ def _document(args: argparse.Namespace, source: Path) -> dict[str, Any]:
             "gpu_memory": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
         }
-    commit = _said("git", "-C", str(source), "rev-parse", "HEAD")
+    # A copy of the tree may come without its history.
+    named = os.environ.get("FASTPRUNE_COMMIT")
+    commit = named or _said("git", "-C", str(source), "rev-parse", "HEAD")
     changed = _said("git", "-C", str(source), "status", "--porcelain", "--untracked-files=no")
     return {
         "command": "gpu-check",
         "schema": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": f"{commit or 'unknown'}{', with changes' if commit and changed else ''}",
+        "commit": f"{commit or 'unknown'}{', with changes' if changed and not named else ''}",
         "dry_run": args.dry_run,
         "machine": described,
         "stages": {},

@@ -21,12 +21,19 @@ _ALL = "sm_80;sm_90;sm_90a;compute_90"
 
 def capability() -> str | None:
     """Compute capability of the first GPU, such as "9.0"; None where there is none."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.split("\n")[0].strip() or None if found.returncode == 0 else None
+    torch_says = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+    for command in (
+        ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+        [sys.executable, "-c", torch_says],
+    ):
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        first = found.stdout.split("\n")[0].strip()
+        if found.returncode == 0 and first:
+            return first
+    return None
 
 
 def targets() -> str:
@@ -91,7 +98,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=190.0, help="limit [190]")
     args = parser.parse_args()
     if capability() is None:
-        print("gpu-check: no GPU here (nvidia-smi names none): nothing to check", file=sys.stderr)
+        print(
+            "gpu-check: no GPU here (nvidia-smi and torch name none): nothing to check",
+            file=sys.stderr,
+        )
         return 1
     result = build(args.source, args.out, args.seconds)
     print(f"gpu-check: build {result['status']} in {result['seconds']:.0f} s", file=sys.stderr)
