@@ -1,4 +1,4 @@
-"""Small calls of every op: ``compute-sanitizer --tool T python3 tests/sanitize_cuda.py [PART ...]``.
+"""Small calls of every op: ``compute-sanitizer --tool T python3 sanitize_cuda.py [PART ...]``.
 
 Sizes off every tile, empty and dense masks, views that are not aligned, a side stream and a
 captured graph. Results are compared with torch's dense ops, loosely: the tests do that exactly.

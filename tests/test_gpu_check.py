@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+import fastprune
+
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "bench/cuda").is_dir():
     pytest.skip("sources are not beside the tests", allow_module_level=True)
@@ -26,7 +29,7 @@ from bench.cuda import clock  # noqa: E402
 from bench.cuda.__main__ import SECTIONS  # noqa: E402
 
 from fastprune.cli import gpu_check, gpu_check_build, gpu_check_stages, main  # noqa: E402
-from fastprune.cli.gpu_check_analysis import analyse, losses  # noqa: E402
+from fastprune.cli.gpu_check_analysis import analyse, losses, rules  # noqa: E402
 from fastprune.cli.gpu_check_build import build  # noqa: E402
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -257,6 +260,91 @@ def test_speedups_rooflines_and_aims() -> None:
     )
     assert "| w | 90 % | bfloat16 | 2.1x over dense | 2.00x | NO |" in text
     assert "Slower than the best dense form: 1 rows" in text
+
+
+def test_winners_become_a_dispatch_table() -> None:
+    won = {
+        1: {0.1: "deltas", 0.4: "bitmap", 0.5: "bitmap"},
+        2: {0.1: "deltas", 0.4: "bitmap", 0.5: "bitmap"},
+        8: {0.1: "bitmap", 0.4: "bitmap", 0.5: "dense"},
+        64: {0.1: "dense", 0.4: "dense", 0.5: "dense"},
+    }
+    rows = [
+        {"section": "forms", "dtype": "bfloat16", "tf32": False}
+        | {"batch": batch, "density": density, "winner": form}
+        for batch, forms in won.items()
+        for density, form in forms.items()
+    ]
+    table = rules(rows)
+    assert [tuple(rule.values()) for rule in table] == [
+        ("half", 2, 0.2, "deltas"),
+        ("half", 2, 1.0, "bitmap"),
+        ("half", 8, 0.447, "bitmap"),
+        ("half", 8, 1.0, "dense"),
+        ("half", None, 1.0, "dense"),
+    ]
+    for row in rows:  # and it decides as was measured
+        chosen = next(
+            rule["form"]
+            for rule in table
+            if row["density"] <= rule["density"] and row["batch"] <= (rule["batch"] or math.inf)
+        )
+        assert chosen == row["winner"], row
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_a_run_on_a_gpu(
+    good: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command around its stages, as after ``make gpu-check`` has built."""
+    properties = SimpleNamespace(major=9, minor=0, total_memory=1 << 37, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91000)
+    monkeypatch.setattr(fastprune, "__file__", str(tmp_path / "site/fastprune/__init__.py"))
+    (tmp_path / "site/fastprune").mkdir(parents=True)
+    built = {"status": "ok", "seconds": 100.0, "targets": ["sm_90", "sm_90a"]}
+    (tmp_path / "build.json").write_text(json.dumps(built))
+    seen = {}
+
+    def tests(_s: Path, _o: Path, environment: dict[str, str], deadline: float, dry: bool) -> Any:
+        seen["tests"] = environment, deadline - time.monotonic(), dry
+        failures = [] if good else ["FAILED tests/test_x.py::test_y - assert 1 == 2"]
+        run = {"status": "ok" if good else "failed", "counts": {"passed": 7}, "failures": failures}
+        return {"status": run["status"], "runs": {"gpu": run}}
+
+    def broken(*_: Any) -> Any:
+        raise OSError("no room")
+
+    def bench(*_: Any) -> Any:
+        row = {"section": "batch_1", "case": "w", "sparsity": 0.9, "dtype": "bfloat16"}
+        row |= {"times": timed(fastprune=2.0, dense=9.0), "ours": "fastprune"}
+        row["aims"] = [{"over": "dense", "at_least": 4.5}]
+        return {"status": "ok", "rows": [row], "sections": {}, "runs": []}
+
+    monkeypatch.setattr(gpu_check_stages, "tests", tests)
+    monkeypatch.setattr(gpu_check_stages, "bench", bench)
+    monkeypatch.setattr(gpu_check_stages, "sanitizer", bench if good else broken)
+    arguments = ["gpu-check", "--out", str(tmp_path), "--source", str(ROOT)]
+    assert main(arguments) == (0 if good else 1)
+    environment, limit, dry = seen["tests"]
+    assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path / "site")
+    assert environment["FASTPRUNE_CUDA_ARCHS"] == "sm_90,sm_90a"
+    assert 0 < limit <= 135
+    assert not dry
+    document = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert document["stages"]["build"] == built
+    assert document["seconds"] >= 100
+    assert document["machine"]["gpu"] == "NVIDIA H200"
+    assert document["stages"]["bench"]["rows"][0]["aims"][0]["met"] is True
+    assert document["stages"]["bench"]["rows"][0]["over_dense"] == 4.5
+    printed = capsys.readouterr().out
+    assert "bench/results/gpu-h200-" in printed
+    for text in (printed, (tmp_path / "gpu-check.md").read_text()):
+        assert ("no room" in text) == (not good)
+        assert ("FAILED tests/test_x.py" in text) == (not good)
+        assert "4.50x" in text
 
 
 def test_build_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,8 @@ The JSON file::
                                         "flops", "gbytes_per_second", "tflops", "roofline",
                                         "aims": [{"text", "reached", "met"}]}]}},
      "ceilings": {"copy": bytes per second, dtype: flops per second},
-     "dispatch": [{"form", "batch", "density", "dtype", "tf32", "us", "winner"}]}
+     "dispatch": [{"form", "batch", "density", "dtype", "tf32", "us", "winner"}],
+     "rules": [{"kind", "batch", "density", "form"}]}: the winners as a dispatch table
 
 Times are seconds unless their name ends in ``us``. To quote a run, copy the file to
 ``bench/results/`` under the name that the command prints.
@@ -51,7 +52,7 @@ from rich.console import Console
 
 import fastprune
 from fastprune.cli import common, gpu_check_report, gpu_check_stages, machine, render
-from fastprune.cli.gpu_check_analysis import analyse, ceilings, dispatch
+from fastprune.cli.gpu_check_analysis import analyse, ceilings, dispatch, rules
 from fastprune.cli.gpu_check_build import build
 
 SUMMARY = "Build, test, sanitize and measure on the GPU that is here, within nine minutes."
@@ -220,6 +221,7 @@ def _write(document: dict[str, Any], out: Path) -> None:
     if bench.get("rows") and "ceilings" not in document:
         document["ceilings"] = ceilings(bench["rows"])
         document["dispatch"] = dispatch(bench["rows"])
+        document["rules"] = rules(bench["rows"])
         bench["rows"] = analyse(bench["rows"], claims=not document["dry_run"])
     common.write_json(out / "gpu-check.json", document)
     text = "# fastprune on a GPU\n\n" + "\n".join(f"* {line}" for line in _head(document)) + "\n\n"

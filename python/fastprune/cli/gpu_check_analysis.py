@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,49 @@ def dispatch(rows: Iterable[Row]) -> list[Row]:
             us = timing["median"] * 1e6
             flat.append({"form": form, **key, "us": us, "winner": row.get("winner")})
     return flat
+
+
+_KINDS = {("bfloat16", False): "half", ("float32", True): "tf32", ("float32", False): "strict"}
+
+
+def rules(rows: Iterable[Row]) -> list[Row]:
+    """The measured winners as the dispatch has them (csrc/ops/masked_linear_choice_cuda.cpp).
+
+    The first rule that holds decides: same "kind", batch at most "batch" (None: any), density at
+    most "density". Between two measured densities the bound is their geometric mean.
+    """
+    won: dict[str, dict[int, dict[float, str]]] = {}
+    for row in rows:
+        if row["section"] == "forms" and "winner" in row:
+            by_batch = won.setdefault(_KINDS[row["dtype"], row["tf32"]], {})
+            by_batch.setdefault(row["batch"], {})[row["density"]] = row["winner"]
+    table = []
+    for kind_name, by_batch in won.items():
+        steps: list[tuple[int, list[tuple[float, str]]]] = []
+        for batch in sorted(by_batch):
+            here = _segments(by_batch[batch])
+            if steps and steps[-1][1] == here:
+                steps.pop()
+            steps.append((batch, here))
+        for at, (batch, segments) in enumerate(steps):
+            bound = None if at == len(steps) - 1 else batch
+            table += [
+                {"kind": kind_name, "batch": bound, "density": density, "form": form}
+                for density, form in segments
+            ]
+    return table
+
+
+def _segments(winners: Mapping[float, str]) -> list[tuple[float, str]]:
+    """Ascending bounds of density and the form up to each; the last one holds to 1."""
+    densities = sorted(winners)
+    segments = []
+    for low, high in zip(densities, [*densities[1:], None], strict=True):
+        if high is None:
+            segments.append((1.0, winners[low]))
+        elif winners[low] != winners[high]:
+            segments.append((round(math.sqrt(low * high), 3), winners[low]))
+    return segments
 
 
 def troubles(document: Mapping[str, Any]) -> list[str]:

@@ -76,6 +76,13 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
         if chosen:
             made.append(_section(title, chosen))
     made += _forms([row for row in rows if row["section"] == "forms"])
+    if measured := document.get("rules"):
+        lines = [
+            f"{{Kind::{r['kind']}, {r['batch'] or 'kAnyBatch'}, {r['density']:g}, "
+            f"CudaForm::{r['form']}}},"
+            for r in measured
+        ]
+        made.append(Table("The winners as a dispatch table", (), notes=lines))
     if rows and not document["dry_run"]:
         lost = losses(rows)
         made.append(Table(f"Slower than the best dense form: {len(lost)} rows", (), notes=lost))
@@ -118,7 +125,7 @@ def _stages(document: Mapping[str, Any]) -> Table:
 
 
 def _aims(rows: Sequence[Row]) -> Table | None:
-    table = Table("Aims", ("case", "kept away", "dtype", "aim", "reached", "met"))
+    table = Table("Aims", ("case", "sparsity", "dtype", "aim", "reached", "met"))
     counted = {True: 0, False: 0, None: 0}
     for row in rows:
         for aim in row.get("aims", []):

@@ -89,7 +89,8 @@ def tests(
     source: Path, out: Path, environment: Mapping[str, str], deadline: float, dry: bool
 ) -> dict[str, Any]:
     """The tests of the GPU, and beside them all others, over all cores with pytest-xdist."""
-    ours = sorted(str(path.relative_to(source)) for path in source.glob("tests/test_gpu_*.py"))
+    found = sorted(str(path.relative_to(source)) for path in source.glob("tests/test_gpu_*.py"))
+    ours = [path for path in found if "gpu_check" not in path]  # that one needs no GPU
     rest = ["tests", "-m", "not slow", *(f"--ignore={path}" for path in ours)]
     environment = {**environment, "OMP_NUM_THREADS": "2", "FASTPRUNE_TEST_DEVICE": "cuda"}
     if dry:
