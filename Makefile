@@ -26,7 +26,8 @@ bench: build
 GPU_OUT ?= out/gpu-check
 gpu-check:
 	$(PYTHON) python/fastprune/cli/gpu_check_build.py --out $(GPU_OUT)
-	PYTHONPATH=$(abspath $(GPU_OUT))/site $(PYTHON) -m fastprune gpu-check --out $(GPU_OUT)
+	PYTHONPATH=$(abspath $(GPU_OUT))/site$${PYTHONPATH:+:$$PYTHONPATH} \
+	  $(PYTHON) -m fastprune gpu-check --out $(GPU_OUT)
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .

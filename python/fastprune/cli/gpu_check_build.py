@@ -78,16 +78,35 @@ def build(source: Path, out: Path, seconds: float) -> dict[str, Any]:
             process.wait()
             status = "out of time"
     took = time.monotonic() - began
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+    if status == "ok" and (why := _not_imported(out / "site")) is not None:
+        status, tail = "failed", [*tail, why]
     result = {
         "status": status,
         "seconds": took,
         "limit": seconds,
         "targets": chosen.split(";"),
         "log": log.name,
-        "tail": log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:],
+        "tail": tail,
     }
     (out / "build.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _not_imported(site: Path) -> str | None:
+    """Why what was built is not what Python imports; None if it is."""
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site.resolve()), *others])}
+    command = [sys.executable, "-c", "import fastprune; print(fastprune.__file__)"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=site, env=environment, check=False
+    )
+    if done.returncode != 0:
+        return f"what was built does not import: {done.stderr.strip()}"
+    found = done.stdout.strip()
+    if site.resolve() not in Path(found).resolve().parents:
+        return f"Python imports {found}: uninstall fastprune there (pip install -e goes first)"
+    return None
 
 
 def main() -> int:
