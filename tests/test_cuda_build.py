@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -125,3 +126,19 @@ Resource usage:
   REG:4 STACK:8 SHARED:16 LOCAL:24 CONSTANT[0]:528 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
     assert parse(text) == [Kernel("_Z4probev", "sm_90a", 4, 8, 24, 16)]
+
+
+def test_build_time_is_shared_out() -> None:
+    """Two CUDA sources side by side, one beside another source; then a build after a change."""
+    path = Path(__file__).resolve().parent.parent / "cmake/cuda_build_time.py"
+    if not path.is_file():
+        pytest.skip("sources are not beside the tests")
+    shares = runpy.run_path(str(path))["shares"]
+    cuda = "CMakeFiles/fastprune_cuda_kernels.dir/csrc/kernels/cuda/"
+    log = f"""# ninja log v7
+0\t1000\t1\t{cuda}a.cu.o\tx
+0\t3000\t1\t{cuda}b.cu.o\tx
+1000\t5000\t1\tCMakeFiles/other.cpp.o\tx
+"""
+    assert shares(log) == {f"{cuda}a.cu.o": 0.5, f"{cuda}b.cu.o": 1.5}
+    assert shares(f"{log}10\t2010\t1\t{cuda}a.cu.o\ty\n")[f"{cuda}a.cu.o"] == 2.0
