@@ -11,7 +11,7 @@ import re
 import runpy
 import shutil
 import subprocess
-import sysconfig
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +40,8 @@ def cuobjdump() -> str:
     folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
     if nvcc := shutil.which("nvcc"):
         folders.append(str(Path(nvcc).resolve().parent))
-    site = Path(sysconfig.get_paths()["purelib"])
-    folders += [str(path) for path in site.glob("nvidia/*/bin")]
+    for entry in sys.path:
+        folders += [str(path) for path in Path(entry).glob("nvidia/*/bin")]
     path = os.pathsep.join([os.environ.get("PATH", ""), *folders])
     found = shutil.which("cuobjdump", path=path)
     assert found, "cuobjdump is missing: pip install nvidia-cuda-cuobjdump"
