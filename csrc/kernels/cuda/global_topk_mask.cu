@@ -1,0 +1,365 @@
+#include "kernels/cuda/global_topk_mask.h"
+
+#include <vector>
+
+#include "kernels/cuda/topk_state.h"
+#include "kernels/cuda/topk_upload.h"
+
+namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
+namespace {
+
+__global__ void __launch_bounds__(kTopkThreads) advance_kernel(const TopkPass p, int width) {
+  advance(p, static_cast<int>(blockIdx.x), width, shared_memory<uint64_t>());
+}
+
+// Blocks whose registers fit a multiprocessor together; a grid has kBlocksPerMultiprocessor in any
+// case.
+template <typename Key>
+constexpr int kResident = sizeof(Key) == 4 ? kBlocksPerMultiprocessor : 1;
+
+// ---- The passes ---------------------------------------------------------------------------------
+
+template <typename Key>
+__global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
+    first_digit_kernel(const TopkPass p) {
+  constexpr int kShift = static_cast<int>(8 * sizeof(Key)) - kTopkDigit;
+  uint32_t* bins = shared_memory<uint32_t>();
+  clear_bins(bins);
+  HeldDigit held;
+  int problem = -1;
+  for (Walk w = walk_of(p); w.tile < w.end; ++w.tile) {
+    const TopkSource& t = source_at(p, w);
+    if (static_cast<int>(t.problem) != problem) {
+      held.flush(bins);
+      if (problem >= 0) flush_bins(bins, p.histograms + int64_t{problem} * kTopkDigitBins);
+      problem = static_cast<int>(t.problem);
+    }
+    const auto keys = tile_keys<Key>(p, t, (w.tile - t.first_tile) * kTile);
+    if (keys.nan) tell(p.status, p.mark, t.index, kNanScore);
+#pragma unroll
+    for (int i = 0; i < 4 * kQuads; ++i) {
+      if ((keys.live >> i & 1u) == 0) continue;
+      held.add(bins, static_cast<uint32_t>(keys.key[i / 4][i % 4] >> kShift));
+    }
+  }
+  held.flush(bins);
+  if (problem >= 0) flush_bins(bins, p.histograms + int64_t{problem} * kTopkDigitBins);
+  end_pass(p, 8 * sizeof(Key), bins);
+}
+
+// Calls f(problem, slot) for this block's part of the listed candidates of undecided problems, or
+// of decided ones, and between two problems g(problem left).
+template <typename F, typename G>
+__device__ __forceinline__ void for_listed(const TopkPass& p, bool done, F f, G g) {
+  const uint64_t block = blockIdx.x, blocks = gridDim.x;
+  const uint64_t all = p.problems == 1 ? p.found[0] : p.n_slots;
+  const uint64_t begin = block * all / blocks, end = (block + 1) * all / blocks;
+  for (int i = 0; i < p.problems; ++i) {
+    const TopkRange range = p.ranges[i];
+    if (range.first_slot >= end) break;
+    if (range.first_slot + range.slots <= begin) continue;
+    const TopkState s = p.states[i];
+    if (s.mode != kListed || (s.done != 0) != done) continue;
+    const uint64_t last = range.first_slot + p.found[i];
+    const uint64_t from = range.first_slot > begin ? range.first_slot : begin;
+    const uint64_t to = last < end ? last : end;
+    for (uint64_t slot = from + threadIdx.x; slot < to; slot += kTopkThreads) f(i, s, slot);
+    g(i);
+  }
+}
+
+// Counts the next digit of the candidates, listed or read anew; a read may list them.
+template <typename Key>
+__global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
+    next_digit_kernel(const TopkPass p) {
+  uint32_t* bins = shared_memory<uint32_t>();
+  bool open = false;
+  for (int i = 0; i < p.problems && !open; ++i) open = p.states[i].done == 0;
+  if (!open) return;
+  clear_bins(bins);
+  HeldDigit held;
+  const auto close = [&](int problem) {
+    held.flush(bins);
+    flush_bins(bins, p.histograms + int64_t{problem} * kTopkDigitBins);
+  };
+  for_listed(
+      p, false,
+      [&](int, const TopkState& s, uint64_t slot) {
+        const Key key = static_cast<const Key*>(p.keys)[slot];
+        const uint32_t tile = p.tiles[slot], place = p.places[slot];
+        if (compare(p, s, key, tile, place) == 0) {
+          held.add(bins, next_digit(p, s, key, tile, place));
+        }
+      },
+      close);
+
+  Collector<Key> collector(p, reinterpret_cast<Stage<Key>*>(bins + kTopkDigitBins));
+  int problem = -1;
+  TopkState s{};
+  bool counting = false;
+  for (Walk w = walk_of(p); w.tile < w.end; ++w.tile) {
+    const TopkSource& t = source_at(p, w);
+    if (static_cast<int>(t.problem) != problem) {
+      if (counting) {
+        close(problem);
+        collector.flush(problem);
+      }
+      problem = static_cast<int>(t.problem);
+      s = p.states[problem];
+      counting = s.done == 0 && s.mode != kListed;
+    }
+    if (!counting) {
+      w.tile = static_cast<int64_t>(p.ranges[problem].end_tile) - 1;
+      continue;
+    }
+    if (s.mode == kReading && s.position_shift != static_cast<uint32_t>(p.position_bits)) {
+      // Only positions that share the prefix are left.
+      const uint64_t high = inverted(p, w.tile, 0) >> s.position_shift;
+      const uint64_t low = inverted(p, w.tile, kTile - 1) >> s.position_shift;
+      if (high < s.position_prefix || low > s.position_prefix) continue;
+    }
+    const int64_t begin = (w.tile - t.first_tile) * kTile;
+    const auto keys = tile_keys<Key>(p, t, begin);
+    uint32_t over = 0, equal = 0;
+#pragma unroll
+    for (int i = 0; i < 4 * kQuads; ++i) {
+      if ((keys.live >> i & 1u) == 0) continue;
+      const uint32_t place = 4 * threadIdx.x + i / 4 * kQuadStep + i % 4;
+      const Key key = keys.key[i / 4][i % 4];
+      const int order = compare(p, s, key, w.tile, place);
+      over |= static_cast<uint32_t>(order > 0) << i;
+      equal |= static_cast<uint32_t>(order == 0) << i;
+      if (order == 0) held.add(bins, next_digit(p, s, key, w.tile, place));
+    }
+    if (s.mode != kCollecting) continue;
+    uint8_t* mask = p.masks[w.source];
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const uint32_t place = 4 * threadIdx.x + q * kQuadStep;
+      const bool whole = t.aligned != 0 && begin + place + 4 <= t.numel;
+      store_quad(p.packed, mask, begin + place, t.numel, whole, over >> (4 * q) & 15u);
+      collector.add(problem, equal >> (4 * q) & 15u, keys.key[q], w.tile, place);
+    }
+  }
+  if (counting) {
+    close(problem);
+    collector.flush(problem);
+  }
+  end_pass(p, 8 * sizeof(Key), bins);
+}
+
+// Everything is decided: the mask of the listed candidates, or, where none were listed, of all.
+template <typename Key>
+__global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
+    settle_kernel(const TopkPass p) {
+  for_listed(
+      p, true,
+      [&](int, const TopkState& s, uint64_t slot) {
+        const uint32_t tile = p.tiles[slot], place = p.places[slot];
+        if (compare(p, s, static_cast<const Key*>(p.keys)[slot], tile, place) < 0) return;
+        const int source = source_of(p, tile);
+        const TopkSource& t = p.sources[source];
+        const int64_t at = (int64_t{tile} - t.first_tile) * kTile + place;
+        if (!p.packed) {
+          p.masks[source][at] = 1;
+        } else if (at < t.numel / 32 * 32) {
+          atomicOr(reinterpret_cast<uint32_t*>(p.masks[source]) + at / 32, 1u << (at % 32));
+        }
+      },
+      [](int) {});
+  // The last word of packed bits may not be there as a whole: its elements are looked at anew.
+  for (int i = static_cast<int>(blockIdx.x); p.packed && i < p.n_sources;
+       i += static_cast<int>(gridDim.x)) {
+    const TopkSource& t = p.sources[i];
+    const TopkState s = p.states[t.problem];
+    if (threadIdx.x >= 32 || t.numel % 32 == 0 || s.mode != kListed) continue;
+    const int64_t at = t.numel / 32 * 32 + threadIdx.x;
+    const auto keys = load_keys<Key, 1>(p.keying, t, at, 0, at < t.numel ? at + 1 : at, false);
+    const bool kept = (keys.live & 1u) != 0 && compare(p, s, keys.key[0][0],
+                                                       t.first_tile + at / kTile,
+                                                       static_cast<uint32_t>(at % kTile)) >= 0;
+    const unsigned word = __ballot_sync(kAllLanes, kept);
+    if (at < t.numel && at % 8 == 0) {
+      p.masks[i][at / 8] = static_cast<uint8_t>(word >> threadIdx.x);
+    }
+  }
+  int problem = -1;
+  TopkState s{};
+  for (Walk w = walk_of(p); w.tile < w.end; ++w.tile) {
+    const TopkSource& t = source_at(p, w);
+    if (static_cast<int>(t.problem) != problem) {
+      problem = static_cast<int>(t.problem);
+      s = p.states[problem];
+    }
+    if (s.mode != kReading) {
+      w.tile = static_cast<int64_t>(p.ranges[problem].end_tile) - 1;
+      continue;
+    }
+    const int64_t begin = (w.tile - t.first_tile) * kTile;
+    const auto keys = tile_keys<Key>(p, t, begin);
+    uint32_t kept = 0;
+#pragma unroll
+    for (int i = 0; i < 4 * kQuads; ++i) {
+      const uint32_t place = 4 * threadIdx.x + i / 4 * kQuadStep + i % 4;
+      const bool better = compare(p, s, keys.key[i / 4][i % 4], w.tile, place) >= 0;
+      kept |= static_cast<uint32_t>(better) << i;
+    }
+    kept &= keys.live;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const int64_t at = begin + 4 * static_cast<int64_t>(threadIdx.x) + q * kQuadStep;
+      const bool whole = t.aligned != 0 && at + 4 <= t.numel;
+      store_quad(p.packed, p.masks[w.source], at, t.numel, whole, kept >> (4 * q) & 15u);
+    }
+  }
+}
+
+// ---- The launches -------------------------------------------------------------------------------
+
+int64_t tiles_of(const TopkSource& t) { return (t.numel + kTile - 1) / kTile; }
+
+// How scratch memory is laid out, in 64-bit words: the table that is uploaded, what starts as 0, and
+// the list of candidates.
+struct Layout {
+  std::vector<TopkRange> ranges;
+  int64_t n_tiles = 0, n_slots = 0, table = 0;
+  int64_t states, found, ticket, histograms, keys, tiles, places, end;
+
+  explicit Layout(const TopkSelections& of) {
+    std::vector<int64_t> elements(static_cast<size_t>(of.problems));
+    ranges.resize(static_cast<size_t>(of.problems));
+    for (int64_t i = 0; i < of.n_sources; ++i) {
+      TopkRange& range = ranges[of.sources[i].problem];
+      if (elements[of.sources[i].problem] == 0) {
+        range.first_tile = static_cast<uint32_t>(n_tiles);
+        range.index = of.by_tensor ? of.sources[i].index : 0;
+      }
+      elements[of.sources[i].problem] += of.sources[i].numel;
+      n_tiles += tiles_of(of.sources[i]);
+      range.end_tile = static_cast<uint32_t>(n_tiles);
+    }
+    for (int64_t p = 0; p < of.problems; ++p) {
+      ranges[p].first_slot = static_cast<uint64_t>(n_slots);
+      // A multiple of 4, so that the parts of the list are aligned.
+      ranges[p].slots = static_cast<uint64_t>(elements[p] / kCandidateShare / 4 * 4 + 64);
+      n_slots += static_cast<int64_t>(ranges[p].slots);
+    }
+    const int64_t lists = of.selections * of.problems;
+    table = of.n_sources * words<TopkSource>() + of.selections * of.n_sources + lists +
+            of.problems * words<TopkRange>();
+    states = table;
+    found = states + lists * words<TopkState>();
+    ticket = found + lists;
+    histograms = (ticket + 2) / 2 * 2;
+    keys = histograms + of.problems * kTopkDigitBins;
+    tiles = keys + n_slots * (of.scoring.wide ? 8 : 4) / 8;
+    places = tiles + n_slots / 2;
+    end = places + n_slots / 4;
+  }
+  template <typename T>
+  static constexpr int64_t words() {
+    return sizeof(T) / sizeof(uint64_t);
+  }
+};
+
+template <typename Key>
+cudaError_t run(const TopkSelections& of, const Layout& layout, TopkPass pass, TopkState* states,
+                uint8_t* const* masks, const DeviceLimits& limits, cudaStream_t stream) {
+  constexpr int kWidth = 8 * sizeof(Key);
+  constexpr size_t kBinBytes = kTopkDigitBins * sizeof(uint32_t);
+  constexpr size_t kStageBytes = kTopkThreads / 32 * sizeof(Stage<Key>);
+  const int64_t most = int64_t{kBlocksPerMultiprocessor} * limits.multiprocessors;
+  const dim3 grid(static_cast<unsigned>(layout.n_tiles < most ? layout.n_tiles : most));
+  const dim3 block(kTopkThreads);
+  Word* const found = pass.found;
+  cudaError_t error = cudaSuccess;
+  const auto go = [&](auto kernel, dim3 blocks, size_t shared, auto... arguments) {
+    if (error == cudaSuccess) {
+      error = launch(kernel, blocks, block, shared, stream, pass, arguments...);
+    }
+  };
+  // The passes that count; a problem by itself advances in their last block.
+  const auto count = [&](auto kernel) {
+    go(kernel, grid, kBinBytes + kStageBytes);
+    if (pass.problems > 1) {
+      go(advance_kernel, dim3(static_cast<unsigned>(pass.problems)), 20 * sizeof(uint64_t), kWidth);
+    }
+  };
+  pass.states = states;
+  pass.masks = masks;
+  count(first_digit_kernel<Key>);
+  for (int64_t i = 0; i < of.selections; ++i) {
+    pass.states = states + i * of.problems;
+    pass.masks = masks + i * of.n_sources;
+    pass.found = found + i * of.problems;
+    pass.round = 1;
+    pass.positions = false;
+    for (int left = pass.key_bits - kTopkDigit; left > 0; left -= kTopkDigit) {
+      count(next_digit_kernel<Key>);
+    }
+    pass.positions = true;
+    for (int left = pass.position_bits; left > 0; left -= kTopkDigit) {
+      count(next_digit_kernel<Key>);
+    }
+    go(settle_kernel<Key>, grid, 0);
+  }
+  return error;
+}
+
+}  // namespace
+
+int64_t topk_select_scratch(const TopkSelections& of) {
+  return Layout(of).end * static_cast<int64_t>(sizeof(uint64_t));
+}
+
+cudaError_t topk_select(const TopkSelections& of, void* scratch, const DeviceLimits& limits,
+                        cudaStream_t stream) {
+  const Layout layout(of);
+  if (of.n_sources == 0 || layout.n_tiles >= INT64_C(0xffffffff) ||
+      (of.problems > 1 && of.selections > 1)) {
+    return cudaErrorInvalidValue;
+  }
+  std::vector<TopkSource> sources(of.sources, of.sources + of.n_sources);
+  int64_t tile = 0;
+  for (TopkSource& t : sources) {
+    t.first_tile = static_cast<uint32_t>(tile);
+    tile += tiles_of(t);
+  }
+  uint64_t* const base = static_cast<uint64_t*>(scratch);
+  std::vector<uint64_t> table;
+  TopkPass pass{};
+  pass.keying = topk_keying(of.scoring);
+  pass.sources = reinterpret_cast<TopkSource*>(base + append(table, sources.data(), of.n_sources));
+  uint8_t* const* masks = reinterpret_cast<uint8_t**>(
+      base + append(table, of.masks, of.selections * of.n_sources));
+  pass.counts = base + append(table, of.counts, of.selections * of.problems);
+  pass.ranges =
+      reinterpret_cast<TopkRange*>(base + append(table, layout.ranges.data(), of.problems));
+  pass.found = reinterpret_cast<Word*>(base + layout.found);
+  pass.ticket = reinterpret_cast<uint32_t*>(base + layout.ticket);
+  pass.histograms = reinterpret_cast<Word*>(base + layout.histograms);
+  pass.keys = base + layout.keys;
+  pass.tiles = reinterpret_cast<uint32_t*>(base + layout.tiles);
+  pass.places = reinterpret_cast<uint16_t*>(base + layout.places);
+  pass.status = reinterpret_cast<Word*>(of.scoring.status);
+  pass.mark = of.scoring.mark;
+  pass.n_tiles = layout.n_tiles;
+  pass.n_slots = static_cast<uint64_t>(layout.n_slots);
+  pass.n_sources = static_cast<int>(of.n_sources);
+  pass.problems = static_cast<int>(of.problems);
+  pass.selections = static_cast<int>(of.selections);
+  pass.key_bits = topk_key_bits(of.scoring, of.sources, of.n_sources);
+  while ((int64_t{1} << pass.position_bits) < layout.n_tiles * kTile) ++pass.position_bits;
+  pass.packed = of.scoring.packed;
+  const cudaError_t error = upload(table, base, layout.keys - layout.table, of.scoring.more_status ? nullptr : of.scoring.status, stream);
+  if (error != cudaSuccess) return error;
+  TopkState* const states = reinterpret_cast<TopkState*>(base + layout.states);
+  return of.scoring.wide ? run<uint64_t>(of, layout, pass, states, masks, limits, stream)
+                         : run<uint32_t>(of, layout, pass, states, masks, limits, stream);
+}
+
+cudaError_t topk_clear_status(int64_t* status, cudaStream_t stream) {
+  return upload({}, nullptr, 0, status, stream);
+}
+
+}  // namespace fastprune::FASTPRUNE_CUDA_NAMESPACE
