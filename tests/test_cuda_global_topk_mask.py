@@ -193,9 +193,7 @@ def test_reads_and_writes_nothing_past_the_end(dtype: torch.dtype, n: int) -> No
     within = guarded(torch.rand(n) < 0.7)
     for scope, packed in itertools.product(("global", "layer", "neuron", "filter"), (False, True)):
         k = int(within.sum()) // 2 if scope in ("global", "layer") else 0
-        got = by_kernel(
-            [v], [k], scope, "saliency", packed=packed, other=[u], within=[within]
-        )
+        got = by_kernel([v], [k], scope, "saliency", packed=packed, other=[u], within=[within])
         right = fp.global_topk_mask(
             [v],
             k=k if scope in ("global", "filter") else [k],

@@ -86,14 +86,16 @@ class Call {
   TopkScoring scoring(bool wide) {
     const bool more = status_begun_;
     status_begun_ = true;
-    return {call_.score,           wide, call_.scaled, call_.packed, call_.seed,
-            data_of<int64_t>(status_), more, mark_};
+    return {call_.score, wide, call_.scaled, call_.packed, call_.seed, data_of<int64_t>(status_),
+            more,        mark_};
   }
 
   TopkSource source(size_t i, uint32_t problem) const {
     const TopkTensor& t = call_.tensors[i];
-    TopkSource s{t.values, t.other, t.within, t.numel, t.first, t.scale, 0, problem,
-                 static_cast<uint32_t>(i), t.dtype, t.other_dtype, 0};
+    TopkSource s{t.values, t.other,       t.within,
+                 t.numel,  t.first,       t.scale,
+                 0,        problem,       static_cast<uint32_t>(i),
+                 t.dtype,  t.other_dtype, 0};
     bool aligned = aligned_factor(t.values, t.dtype) && aligned_to(t.within, 4);
     if (t.other != nullptr) aligned &= aligned_factor(t.other, t.other_dtype);
     s.aligned = aligned ? 1 : 0;  // masks are fresh memory
@@ -129,7 +131,8 @@ class Call {
     bool wide = false;
     const auto flush = [&] {
       const int64_t n = static_cast<int64_t>(sources.size());
-      if (n > 0) select({scoring(wide), sources.data(), n, masks.data(), counts.data(), n, 1, true});
+      if (n > 0)
+        select({scoring(wide), sources.data(), n, masks.data(), counts.data(), n, 1, true});
       sources.clear();
       masks.clear();
       counts.clear();
@@ -200,9 +203,9 @@ class Call {
   }
 
   void expand(const uint8_t* kept, int64_t cols, uint8_t* to, int64_t numel) {
-    check_launch(topk_expand_rows(kept, cols, call_.packed, to, numel, device_.limits(),
-                                  device_.stream()),
-                 kOp);
+    check_launch(
+        topk_expand_rows(kept, cols, call_.packed, to, numel, device_.limits(), device_.stream()),
+        kOp);
   }
 
   // The filters' norms are a selection of their own: one float64 score per filter.

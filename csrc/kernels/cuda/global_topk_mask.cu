@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
 
 // Everything is decided: the mask of the listed candidates, or, where none were listed, of all.
 template <typename Key>
-__global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
-    settle_kernel(const TopkPass p) {
+__global__ void __launch_bounds__(kTopkThreads, kResident<Key>) settle_kernel(const TopkPass p) {
   for_listed(
       p, true,
       [&](int, const TopkState& s, uint64_t slot) {
@@ -175,9 +174,9 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
     if (threadIdx.x >= 32 || t.numel % 32 == 0 || s.mode != kListed) continue;
     const int64_t at = t.numel / 32 * 32 + threadIdx.x;
     const auto keys = load_keys<Key, 1>(p.keying, t, at, 0, at < t.numel ? at + 1 : at, false);
-    const bool kept = (keys.live & 1u) != 0 && compare(p, s, keys.key[0][0],
-                                                       t.first_tile + at / kTile,
-                                                       static_cast<uint32_t>(at % kTile)) >= 0;
+    const bool kept =
+        (keys.live & 1u) != 0 && compare(p, s, keys.key[0][0], t.first_tile + at / kTile,
+                                         static_cast<uint32_t>(at % kTile)) >= 0;
     const unsigned word = __ballot_sync(kAllLanes, kept);
     if (at < t.numel && at % 8 == 0) {
       p.masks[i][at / 8] = static_cast<uint8_t>(word >> threadIdx.x);
@@ -218,8 +217,8 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
 
 int64_t tiles_of(const TopkSource& t) { return (t.numel + kTile - 1) / kTile; }
 
-// How scratch memory is laid out, in 64-bit words: the table that is uploaded, what starts as 0, and
-// the list of candidates.
+// How scratch memory is laid out, in 64-bit words: the table that is uploaded, what starts as 0,
+// and the list of candidates.
 struct Layout {
   std::vector<TopkRange> ranges;
   int64_t n_tiles = 0, n_slots = 0, table = 0;
@@ -330,8 +329,8 @@ cudaError_t topk_select(const TopkSelections& of, void* scratch, const DeviceLim
   TopkPass pass{};
   pass.keying = topk_keying(of.scoring);
   pass.sources = reinterpret_cast<TopkSource*>(base + append(table, sources.data(), of.n_sources));
-  uint8_t* const* masks = reinterpret_cast<uint8_t**>(
-      base + append(table, of.masks, of.selections * of.n_sources));
+  uint8_t* const* masks =
+      reinterpret_cast<uint8_t**>(base + append(table, of.masks, of.selections * of.n_sources));
   pass.counts = base + append(table, of.counts, of.selections * of.problems);
   pass.ranges =
       reinterpret_cast<TopkRange*>(base + append(table, layout.ranges.data(), of.problems));
@@ -351,7 +350,8 @@ cudaError_t topk_select(const TopkSelections& of, void* scratch, const DeviceLim
   pass.key_bits = topk_key_bits(of.scoring, of.sources, of.n_sources);
   while ((int64_t{1} << pass.position_bits) < layout.n_tiles * kTile) ++pass.position_bits;
   pass.packed = of.scoring.packed;
-  const cudaError_t error = upload(table, base, layout.keys - layout.table, of.scoring.more_status ? nullptr : of.scoring.status, stream);
+  const cudaError_t error = upload(table, base, layout.keys - layout.table,
+                                   of.scoring.more_status ? nullptr : of.scoring.status, stream);
   if (error != cudaSuccess) return error;
   TopkState* const states = reinterpret_cast<TopkState*>(base + layout.states);
   return of.scoring.wide ? run<uint64_t>(of, layout, pass, states, masks, limits, stream)

@@ -6,8 +6,8 @@
 // radix select over both, most significant digit first. Keys live in registers only. One read of
 // the factors counts the first digit; the second read writes what that digit decides, keeps the few
 // candidates of the boundary bin in a list, and counts their next digit; the list is then narrowed
-// digit by digit. Where the candidates do not fit their list, further digits are counted in reads of
-// the factors instead: the number is known before the list would be written, and nothing is ever
+// digit by digit. Where the candidates do not fit their list, further digits are counted in reads
+// of the factors instead: the number is known before the list would be written, and nothing is ever
 // cut off. Kernels that turn out not to be needed find a mark in device memory and return.
 //
 // Nothing is read back and nothing is allocated: everything can be captured in a CUDA graph.
@@ -69,8 +69,8 @@ int64_t topk_select_scratch(const TopkSelections& of);
 cudaError_t topk_select(const TopkSelections& of, void* scratch, const DeviceLimits& limits,
                         cudaStream_t stream);
 
-// Rows of tensors. A source's `first_tile` is the number of its first row among all; rows of tensors
-// that are left out have numbers too.
+// Rows of tensors. A source's `first_tile` is the number of its first row among all; rows of
+// tensors that are left out have numbers too.
 struct TopkRows {
   TopkScoring scoring;
   const TopkSource* sources;  // on the host

@@ -20,8 +20,8 @@ inline TopkKeying topk_keying(const TopkScoring& s) {
           s.scaled || s.score == TopkScore::identity || s.score == TopkScore::product, s.seed};
 }
 
-// The high bits of a key that say it all: stored values of 16 bits, widened, end in bits that follow
-// from the others.
+// The high bits of a key that say it all: stored values of 16 bits, widened, end in bits that
+// follow from the others.
 inline int topk_key_bits(const TopkScoring& s, const TopkSource* sources, int64_t n) {
   int bits = s.wide ? 64 : 16;
   const bool plain =

@@ -237,8 +237,7 @@ int64_t topk_rows_scratch(const TopkRows& of) {
 cudaError_t topk_rows(const TopkRows& of, uint8_t* const* masks, const int64_t* counts,
                       void* scratch, const DeviceLimits& limits, cudaStream_t stream) {
   RowPass p{};
-  const cudaError_t error =
-      prepare(of, masks, counts, static_cast<uint64_t*>(scratch), &p, stream);
+  const cudaError_t error = prepare(of, masks, counts, static_cast<uint64_t*>(scratch), &p, stream);
   if (error != cudaSuccess) return error;
   const dim3 grid = grid_of(of.n_rows, limits);
   constexpr size_t kShared = kBins * sizeof(uint32_t) + 20 * sizeof(uint64_t);

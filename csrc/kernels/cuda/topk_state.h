@@ -8,13 +8,13 @@ namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 
 #if defined(__CUDACC__) || defined(FASTPRUNE_EMULATED)
 
-constexpr int kQuads = 2;                           // vector loads in flight per thread and factor
-constexpr int kQuadStep = 4 * kTopkThreads;         // elements between a thread's quads
-constexpr int64_t kTile = kQuads * kQuadStep;       // elements of one tensor; a place fits 16 bits
+constexpr int kQuads = 2;                      // vector loads in flight per thread and factor
+constexpr int kQuadStep = 4 * kTopkThreads;    // elements between a thread's quads
+constexpr int64_t kTile = kQuads * kQuadStep;  // elements of one tensor; a place fits 16 bits
 constexpr int kBlocksPerMultiprocessor = 2;
-constexpr int kStaged = 64;                         // candidates that a warp collects before it writes
-constexpr int64_t kCandidateShare = 48;             // elements per place in the list of candidates
-constexpr uint64_t kNothing = uint64_t{1} << 63;    // a prefix above every digit
+constexpr int kStaged = 64;              // candidates that a warp collects before it writes
+constexpr int64_t kCandidateShare = 48;  // elements per place in the list of candidates
+constexpr uint64_t kNothing = uint64_t{1} << 63;  // a prefix above every digit
 
 // What a selection knows: k-th best's leading key bits, then those of its inverted position.
 enum TopkMode : uint32_t {

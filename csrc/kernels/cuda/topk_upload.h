@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kUploadThreads)
   if (u.status != nullptr && first < 2) u.status[first] = INT64_MAX;
 }
 
-// `table` of 64-bit words to the device, and `cleared` words behind it set to 0; both entries of the
-// status are set to "nothing wrong".
+// `table` of 64-bit words to the device, and `cleared` words behind it set to 0; both entries of
+// the status are set to "nothing wrong".
 inline cudaError_t upload(const std::vector<uint64_t>& table, uint64_t* to, int64_t cleared,
                           int64_t* status, cudaStream_t stream) {
   const int64_t all = static_cast<int64_t>(table.size());

@@ -222,9 +222,7 @@ class TopkCall:
                 i += 1
             candidates = int(rows_of(self.within[i])[selection].sum())
             where, count = f"row {selection} of values[{i}]", counts[i]
-        return (
-            f"{OP}: counts: expected at most the {candidates} candidates of {where}, got {count}"
-        )
+        return f"{OP}: counts: expected at most the {candidates} candidates of {where}, got {count}"
 
     def _inside(self, masks: list[Tensor]) -> list[Tensor]:
         """The op takes or leaves whole filters; what an earlier mask took stays taken."""
