@@ -18,8 +18,8 @@
 #else
 #define FASTPRUNE_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, m)
 // Only a torch with CUDA has it; weak, so that the binary loads under the others.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
@@ -54,8 +54,9 @@ inline void raise_earlier_fault(const char* op) {
       "k: expected at most as many as there are candidates",
   };
   const char* text = fault < sizeof texts / sizeof texts[0] ? texts[fault] : "unknown fault";
-  STD_TORCH_CHECK(false, op, ": an earlier call on a CUDA device met bad data, and its result is not to be used: ",
-                  text);
+  STD_TORCH_CHECK(
+      false, op,
+      ": an earlier call on a CUDA device met bad data, and its result is not to be used: ", text);
 }
 
 // One call: the tensors' device is current while it lives, and work goes to torch's stream there.

@@ -17,10 +17,10 @@ Tensor apply_mask_cuda(const Tensor& values_in, const Tensor& mask_in) {
   const CudaCall call(values_in, op);
   const Tensor values = dense(values_in), mask = dense(mask_in);
   Tensor out = torch::stable::empty_like(values);
-  check_launch(apply_mask(dtype, values.const_data_ptr(),
-                          static_cast<const uint8_t*>(mask.const_data_ptr()),
-                          out.mutable_data_ptr(), values.numel(), call.limits(), call.stream()),
-               op);
+  check_launch(
+      apply_mask(dtype, values.const_data_ptr(), static_cast<const uint8_t*>(mask.const_data_ptr()),
+                 out.mutable_data_ptr(), values.numel(), call.limits(), call.stream()),
+      op);
   return out;
 }
 

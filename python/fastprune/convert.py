@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastprune import folding
 from fastprune.kernel_choice import choose_kernel, choose_whole, record_inputs
 from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear
-from fastprune.report import LayerReport, Report
+from fastprune.report import LayerReport, Report, machine
 
 
 def accelerate(
@@ -94,6 +94,9 @@ def accelerate(
         layers.append(choose_kernel(name, layer, masked, inputs.get(owner), training, min_time))
         fast = _replace(fast, owner, masked)
     report = Report(layers=layers, training=training, folded=folded)
+    on = next((x.device for x in inputs.values() if x.device.type == "cuda"), None)
+    if on is not None:
+        report.device, report.tf32 = machine(on)
     return choose_whole(dense, fast, arguments, report, min_time), report
 
 

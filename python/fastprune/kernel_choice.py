@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from fastprune.fusing import fuse, fuse_relu_
 from fastprune.nn import MaskedConv2d, MaskedLayer
 from fastprune.nn.chunks import Chunks, acts_on_samples
 from fastprune.ops import layout
+from fastprune.ops.backend import has_kernels
 from fastprune.ops.plan import BATCH_LAST
-from fastprune.report import LayerReport, Report, _isa
+from fastprune.report import LayerReport, Report, machine
 
 # A layer is swapped when it is at least this much faster: noise must not decide.
 _MARGIN = 1.03
@@ -64,6 +65,19 @@ def _step(layer: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
     return train
 
 
+def waiting_for(arguments: Iterable[Any]) -> Callable[[], object] | None:
+    """What waits for the work that calls with these arguments start; None where calls wait."""
+    devices = {t.device for t in arguments if isinstance(t, Tensor) and t.device.type == "cuda"}
+    if not devices:
+        return None
+
+    def wait() -> None:
+        for device in devices:
+            torch.cuda.synchronize(device)
+
+    return wait
+
+
 # Times of layers that were measured before, by everything that they depend on.
 _known: dict[tuple[Any, ...], dict[str, float]] = {}
 
@@ -85,8 +99,7 @@ def _key(dense: nn.Module, masked: MaskedLayer, x: Tensor, training: bool) -> tu
         tuple(x.shape),
         x.dtype,
         training,
-        torch.get_num_threads(),
-        _isa(),
+        *machine(x.device),
     )
 
 
@@ -107,10 +120,10 @@ def choose_kernel(
     row = LayerReport.kept(
         name, type(dense).__name__, masked.weight_mask, "", tuple(x.shape) if x is not None else ()
     )
-    if x is None or x.device.type != "cpu":
+    if x is None or not has_kernels(x.device):
         masked.sparse = False
         row.reason = (
-            "not reached by example_input" if x is None else f"no kernel for {x.device.type} yet"
+            "not reached by example_input" if x is None else f"no kernel for {x.device.type}"
         )
         return row
     key = _key(dense, masked, x, training)
@@ -145,7 +158,7 @@ def _time_layer(
             x.contiguous(memory_format=last),
             training,
         )
-        if x.shape[0] > 1:  # inside a chain of layers that keep the batch innermost
+        if x.shape[0] > 1 and x.device.type == "cpu":  # a chain that keeps the batch innermost
             chained = copy.deepcopy(masked).train(training)
             chained._layout = BATCH_LAST
             candidates["chained"] = _step(chained, layout.batch_last(x), training)
@@ -153,13 +166,15 @@ def _time_layer(
         kept = copy.deepcopy(masked).train()
         kept.sparse = False
         candidates["masked"] = _step(kept, x.contiguous(), training)
-    times = timing.measure(candidates, min_time=min_time)
+    times = timing.measure(candidates, min_time=min_time, synchronize=waiting_for([x]))
     return {name: 1e3 * t.median for name, t in times.items()}
 
 
 def _variants(fast: nn.Module, arguments: tuple[Any, ...], training: bool) -> dict[str, nn.Module]:
     """Other forms of the fast model: fused for inference, with the batch innermost."""
-    batch = next((t.shape[0] for t in arguments if isinstance(t, Tensor) and t.dim() == 4), 0)
+    images = [t for t in arguments if isinstance(t, Tensor) and t.dim() == 4]
+    on_cpu = bool(images) and images[0].device.type == "cpu"
+    batch = images[0].shape[0] if on_cpu else 0  # GPUs need neither chains nor chunks
     chain = batch > 1 and any(
         isinstance(m, MaskedConv2d) and m.sparse_in_chain for m in fast.modules()
     )
@@ -214,7 +229,7 @@ def choose_whole(
         steps[name] = _whole_step(trial.train(report.training), arguments, report.training)
     # Dropout draws random numbers; the caller's generator is left where it was.
     with torch.random.fork_rng():
-        times = timing.measure(steps, min_time=4 * min_time)
+        times = timing.measure(steps, min_time=4 * min_time, synchronize=waiting_for(arguments))
     report.timings = {name: t.to_dict() for name, t in times.items()}
     medians = {name: t.median * 1e3 for name, t in times.items()}
     best = {

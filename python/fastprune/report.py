@@ -66,6 +66,8 @@ class Report:
         form: further form of the fast model that was taken: "fused", "fused, batch last",
             "batch last", "fused, batch last, 16 samples at a time", or empty.
         timings: median and quartiles of every candidate, in seconds.
+        device: name of the GPU, empty where the model is on the CPU.
+        tf32: whether torch's float32 products may use TF32 there.
         threads, isa, torch_version: where this was measured.
     """
 
@@ -78,6 +80,8 @@ class Report:
     channels_last: bool = False
     form: str = ""
     timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    device: str = ""
+    tf32: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
     isa: str = field(default_factory=lambda: _isa())
     torch_version: str = torch.__version__
@@ -125,8 +129,11 @@ class Report:
             f"speedup {self.dense_ms / self.fast_ms:.2f}"
             + (" -> put back on dense kernels" if self.reverted else "")
         )
+        where = f"threads {self.threads}, ISA {self.isa}"
+        if self.device:
+            where = f"{self.device}, TF32 {'on' if self.tf32 else 'off'}"
         lines.append(
-            f"threads {self.threads}, ISA {self.isa}, torch {self.torch_version}"
+            f"{where}, torch {self.torch_version}"
             + (f", {self.folded} BatchNorm folded" if self.folded else "")
             + (", dense convolutions channels_last" if self.channels_last else "")
             + (f", {self.form}" if self.form else "")
@@ -138,3 +145,10 @@ def _isa() -> str:
     from fastprune import _extension
 
     return str(_extension.load().isa())
+
+
+def machine(device: torch.device) -> tuple[Any, ...]:
+    """What a timing on ``device`` depends on, besides the work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device), torch.backends.cuda.matmul.allow_tf32
+    return torch.get_num_threads(), _isa()

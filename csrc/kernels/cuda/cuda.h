@@ -57,7 +57,9 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
+  // clang-format off
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<P>(args)...);
+  // clang-format on
   return cudaGetLastError();
 }
 

@@ -212,10 +212,11 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads < 1 || threads > kMaxThreads || shared_bytes > kMaxSharedBytes || grid.x < 1 ||
       grid.x > 2147483647u || grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535) {
-    std::snprintf(machine.failure, sizeof machine.failure,
-                  "emulated launch: invalid configuration: grid %u x %u x %u, %u threads, %zu bytes "
-                  "of shared memory",
-                  grid.x, grid.y, grid.z, static_cast<unsigned>(threads), shared_bytes);
+    std::snprintf(
+        machine.failure, sizeof machine.failure,
+        "emulated launch: invalid configuration: grid %u x %u x %u, %u threads, %zu bytes "
+        "of shared memory",
+        grid.x, grid.y, grid.z, static_cast<unsigned>(threads), shared_bytes);
     return cudaErrorInvalidConfiguration;
   }
   if (machine.stacks == nullptr) {
@@ -234,15 +235,15 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
   machine.count = static_cast<unsigned>(threads);
   machine.kernel = &kernel;
   for (unsigned i = 0; i < machine.count; ++i) {
-    machine.fibers[i].thread =
-        dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+    machine.fibers[i].thread = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
   }
   std::vector<uint64_t> blocks(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(blocks.begin(), blocks.end(), uint64_t{0});
   if (machine.seed != 0) std::shuffle(blocks.begin(), blocks.end(), machine.order);
   for (const uint64_t b : blocks) {
-    position.block = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-                          static_cast<unsigned>(b / grid.x / grid.y));
+    position.block =
+        dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+             static_cast<unsigned>(b / grid.x / grid.y));
     run_block();
     if (std::strcmp(machine.failure, "no error") != 0) return cudaErrorLaunchFailure;
   }

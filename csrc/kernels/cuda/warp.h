@@ -2,9 +2,9 @@
 // fragments, matrix products of a warp. In emulation, the same by definition of the PTX manual.
 //
 // Fragments (g = lane / 4, t = lane % 4), two 16-bit elements to a register, lower column first:
-//   A 16 x 16: a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8, 2t + 8..)
-//   B 16 x 8:  b[0] = rows 2t.. of column g, b[1] = rows 2t + 8.. of column g
-//   C 16 x 8:  c[0], c[1] = (g, 2t..), c[2], c[3] = (g + 8, 2t..)
+//   A 16 x 16: a[0] = (g, 2t..), a[1] = (g + 8, 2t..), a[2] = (g, 2t + 8..), a[3] = (g + 8, 2t
+//   + 8..) B 16 x 8:  b[0] = rows 2t.. of column g, b[1] = rows 2t + 8.. of column g C 16 x 8:
+//   c[0], c[1] = (g, 2t..), c[2], c[3] = (g + 8, 2t..)
 // tf32: A 16 x 8: a[0] = (g, t), a[1] = (g + 8, t), a[2] = (g, t + 4), a[3] = (g + 8, t + 4);
 //       B 8 x 8: b[0] = row t of column g, b[1] = row t + 4.
 #pragma once
@@ -73,8 +73,7 @@ void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
   }
 }
 
-inline void multiply_fragments_tf32(float (&c)[4], const uint32_t (&a)[4],
-                                    const uint32_t (&b)[2]) {
+inline void multiply_fragments_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   using emulation::exchange;
   uint64_t a01[32], a23[32], b01[32];
   std::memcpy(a01, exchange(kAllLanes, uint64_t{a[1]} << 32 | a[0]), sizeof a01);
@@ -120,7 +119,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
   }
 }
 // Closes a group of this thread's copies.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 // Waits until at most kGroupsLeft of this thread's groups are under way. A barrier must follow
 // before other threads read what was copied.
 template <int kGroupsLeft>
