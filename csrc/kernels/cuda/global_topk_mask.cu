@@ -8,14 +8,19 @@
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 namespace {
 
-__global__ void __launch_bounds__(kTopkThreads) advance_kernel(const TopkPass p, int width) {
+__global__ void __launch_bounds__(kTopkThreads, 2) advance_kernel(const TopkPass p, int width) {
   advance(p, static_cast<int>(blockIdx.x), width, shared_memory<uint64_t>());
 }
 
 // Blocks whose registers fit a multiprocessor together; a grid has kBlocksPerMultiprocessor in any
 // case.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <typename Key>
+constexpr int kResident = 1;
+#else
 template <typename Key>
 constexpr int kResident = sizeof(Key) == 4 ? kBlocksPerMultiprocessor : 1;
+#endif
 
 // ---- The passes ---------------------------------------------------------------------------------
 
@@ -27,19 +32,30 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
   clear_bins(bins);
   HeldDigit held;
   int problem = -1;
-  for (Walk w = walk_of(p); w.tile < w.end; ++w.tile) {
-    const TopkSource& t = source_at(p, w);
-    if (static_cast<int>(t.problem) != problem) {
+  for (Walk w(p, after_bins<TopkReading>()); w.here(p); ++w.tile) {
+    if (w.problem != problem) {
       held.flush(bins);
       if (problem >= 0) flush_bins(bins, p.histograms + int64_t{problem} * kTopkDigitBins);
-      problem = static_cast<int>(t.problem);
+      problem = w.problem;
     }
-    const auto keys = tile_keys<Key>(p, t, (w.tile - t.first_tile) * kTile);
-    if (keys.nan) tell(p.status, p.mark, t.index, kNanScore);
+    const auto keys = tile_keys<Key>(p, w.t, w.begin());
+    if (keys.nan) tell(p.status, p.mark, w.t.source().index, kNanScore);
 #pragma unroll
-    for (int i = 0; i < 4 * kQuads; ++i) {
-      if ((keys.live >> i & 1u) == 0) continue;
-      held.add(bins, static_cast<uint32_t>(keys.key[i / 4][i % 4] >> kShift));
+    for (int q = 0; q < kQuads; ++q) {
+      uint32_t digit[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) digit[j] = static_cast<uint32_t>(keys.key[q][j] >> kShift);
+      held.look_at(bins, digit[0], digit[1]);
+      const uint32_t live = keys.live >> (4 * q) & 15u;
+      if (live == 15u) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) held.add(bins, digit[j]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if ((live >> j & 1u) != 0) held.add(bins, digit[j]);
+        }
+      }
     }
   }
   held.flush(bins);
@@ -63,13 +79,15 @@ __device__ __forceinline__ void for_listed(const TopkPass& p, bool done, F f, G 
     const uint64_t last = range.first_slot + p.found[i];
     const uint64_t from = range.first_slot > begin ? range.first_slot : begin;
     const uint64_t to = last < end ? last : end;
+#pragma unroll 1
     for (uint64_t slot = from + threadIdx.x; slot < to; slot += kTopkThreads) f(i, s, slot);
     g(i);
   }
 }
 
-// Counts the next digit of the candidates, listed or read anew; a read may list them.
-template <typename Key>
+// Counts the next digit of the candidates, of the key or of the inverted position; they are listed,
+// or read anew. A read for a digit of the key may list them.
+template <typename Key, bool kPositions>
 __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
     next_digit_kernel(const TopkPass p) {
   uint32_t* bins = shared_memory<uint32_t>();
@@ -78,6 +96,12 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
   if (!open) return;
   clear_bins(bins);
   HeldDigit held;
+  uint32_t last = ~0u;
+  const auto add = [&](uint32_t digit) {
+    held.look_at(bins, digit, last);
+    held.add(bins, digit);
+    last = digit;
+  };
   const auto close = [&](int problem) {
     held.flush(bins);
     flush_bins(bins, p.histograms + int64_t{problem} * kTopkDigitBins);
@@ -87,63 +111,70 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
       [&](int, const TopkState& s, uint64_t slot) {
         const Key key = static_cast<const Key*>(p.keys)[slot];
         const uint32_t tile = p.tiles[slot], place = p.places[slot];
-        if (compare(p, s, key, tile, place) == 0) {
-          held.add(bins, next_digit(p, s, key, tile, place));
-        }
+        if (compare(p, s, key, tile, place) != 0) return;
+        add(kPositions ? position_digit(p, s.position_shift, tile, place)
+                       : key_digit(p, s.key_shift, key));
       },
       close);
 
-  Collector<Key> collector(p, reinterpret_cast<Stage<Key>*>(bins + kTopkDigitBins));
+  Collector<Key> collector(p, reinterpret_cast<Stage<Key>*>(after_bins<TopkReading>() + 1));
   int problem = -1;
-  TopkState s{};
-  bool counting = false;
-  for (Walk w = walk_of(p); w.tile < w.end; ++w.tile) {
-    const TopkSource& t = source_at(p, w);
-    if (static_cast<int>(t.problem) != problem) {
+  Key prefix = 0;
+  uint32_t shift = 0;
+  bool counting = false, collecting = false;
+  for (Walk w(p, after_bins<TopkReading>());; ++w.tile) {
+    const bool here = w.here(p);
+    if (!here || w.problem != problem) {
       if (counting) {
         close(problem);
         collector.flush(problem);
       }
-      problem = static_cast<int>(t.problem);
-      s = p.states[problem];
+      if (!here) break;
+      problem = w.problem;
+      const TopkState& s = p.states[problem];
       counting = s.done == 0 && s.mode != kListed;
+      collecting = !kPositions && s.mode == kCollecting;
+      prefix = static_cast<Key>(s.key_prefix);
+      shift = s.key_shift;
     }
     if (!counting) {
-      w.tile = static_cast<int64_t>(p.ranges[problem].end_tile) - 1;
+      w.tile = p.ranges[problem].end_tile - 1;
       continue;
     }
-    if (s.mode == kReading && s.position_shift != static_cast<uint32_t>(p.position_bits)) {
-      // Only positions that share the prefix are left.
+    if constexpr (kPositions) {  // only those that share the prefix are left
+      const TopkState& s = p.states[problem];
       const uint64_t high = inverted(p, w.tile, 0) >> s.position_shift;
       const uint64_t low = inverted(p, w.tile, kTile - 1) >> s.position_shift;
       if (high < s.position_prefix || low > s.position_prefix) continue;
     }
-    const int64_t begin = (w.tile - t.first_tile) * kTile;
-    const auto keys = tile_keys<Key>(p, t, begin);
+    const int64_t begin = w.begin();
+    const auto keys = tile_keys<Key>(p, w.t, begin);
     uint32_t over = 0, equal = 0;
 #pragma unroll
     for (int i = 0; i < 4 * kQuads; ++i) {
-      if ((keys.live >> i & 1u) == 0) continue;
-      const uint32_t place = 4 * threadIdx.x + i / 4 * kQuadStep + i % 4;
-      const Key key = keys.key[i / 4][i % 4];
-      const int order = compare(p, s, key, w.tile, place);
-      over |= static_cast<uint32_t>(order > 0) << i;
-      equal |= static_cast<uint32_t>(order == 0) << i;
-      if (order == 0) held.add(bins, next_digit(p, s, key, w.tile, place));
+      const Key top = keys.key[i / 4][i % 4] >> shift;
+      over |= static_cast<uint32_t>(top > prefix) << i;
+      equal |= static_cast<uint32_t>(top == prefix) << i;
     }
-    if (s.mode != kCollecting) continue;
-    uint8_t* mask = p.masks[w.source];
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const uint32_t place = 4 * threadIdx.x + q * kQuadStep;
-      const bool whole = t.aligned != 0 && begin + place + 4 <= t.numel;
-      store_quad(p.packed, mask, begin + place, t.numel, whole, over >> (4 * q) & 15u);
-      collector.add(problem, equal >> (4 * q) & 15u, keys.key[q], w.tile, place);
+    over &= keys.live;
+    equal &= keys.live;
+    if (collecting) collector.begin(problem, static_cast<uint32_t>(__popc(equal)));
+#pragma unroll 1
+    while (equal != 0) {  // few: not worth unrolling
+      const int i = __ffs(static_cast<int>(equal)) - 1;
+      equal &= equal - 1;
+      const Key key = picked(keys, i);
+      const uint32_t place = place_of(i);
+      if constexpr (kPositions) {
+        const TopkState& s = p.states[problem];
+        if (compare(p, s, key, w.tile, place) != 0) continue;
+        add(position_digit(p, s.position_shift, w.tile, place));
+      } else {
+        add(key_digit(p, shift, key));
+      }
+      if (collecting) collector.add(key, w.tile, place);
     }
-  }
-  if (counting) {
-    close(problem);
-    collector.flush(problem);
+    if (collecting) store_tile(p, w.t, begin, over);
   }
   end_pass(p, 8 * sizeof(Key), bins);
 }
@@ -173,10 +204,12 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>) settle_kernel(co
     const TopkState s = p.states[t.problem];
     if (threadIdx.x >= 32 || t.numel % 32 == 0 || s.mode != kListed) continue;
     const int64_t at = t.numel / 32 * 32 + threadIdx.x;
-    const auto keys = load_keys<Key, 1>(p.keying, t, at, 0, at < t.numel ? at + 1 : at, false);
+    const auto keys = load_keys<Key, 1>(p.keying, reading_of(p.sources, i), at, 0,
+                                        at < t.numel ? at + 1 : t.numel, false);
     const bool kept =
-        (keys.live & 1u) != 0 && compare(p, s, keys.key[0][0], t.first_tile + at / kTile,
-                                         static_cast<uint32_t>(at % kTile)) >= 0;
+        (keys.live & 1u) != 0 &&
+        compare(p, s, keys.key[0][0], t.first_tile + static_cast<uint32_t>(at / kTile),
+                static_cast<uint32_t>(at % kTile)) >= 0;
     const unsigned word = __ballot_sync(kAllLanes, kept);
     if (at < t.numel && at % 8 == 0) {
       p.masks[i][at / 8] = static_cast<uint8_t>(word >> threadIdx.x);
@@ -184,32 +217,24 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>) settle_kernel(co
   }
   int problem = -1;
   TopkState s{};
-  for (Walk w = walk_of(p); w.tile < w.end; ++w.tile) {
-    const TopkSource& t = source_at(p, w);
-    if (static_cast<int>(t.problem) != problem) {
-      problem = static_cast<int>(t.problem);
+  for (Walk w(p, after_bins<TopkReading>()); w.here(p); ++w.tile) {
+    if (w.problem != problem) {
+      problem = w.problem;
       s = p.states[problem];
     }
     if (s.mode != kReading) {
-      w.tile = static_cast<int64_t>(p.ranges[problem].end_tile) - 1;
+      w.tile = p.ranges[problem].end_tile - 1;
       continue;
     }
-    const int64_t begin = (w.tile - t.first_tile) * kTile;
-    const auto keys = tile_keys<Key>(p, t, begin);
+    const int64_t begin = w.begin();
+    const auto keys = tile_keys<Key>(p, w.t, begin);
     uint32_t kept = 0;
 #pragma unroll
     for (int i = 0; i < 4 * kQuads; ++i) {
-      const uint32_t place = 4 * threadIdx.x + i / 4 * kQuadStep + i % 4;
-      const bool better = compare(p, s, keys.key[i / 4][i % 4], w.tile, place) >= 0;
+      const bool better = compare(p, s, keys.key[i / 4][i % 4], w.tile, place_of(i)) >= 0;
       kept |= static_cast<uint32_t>(better) << i;
     }
-    kept &= keys.live;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const int64_t at = begin + 4 * static_cast<int64_t>(threadIdx.x) + q * kQuadStep;
-      const bool whole = t.aligned != 0 && at + 4 <= t.numel;
-      store_quad(p.packed, p.masks[w.source], at, t.numel, whole, kept >> (4 * q) & 15u);
-    }
+    store_tile(p, w.t, begin, kept & keys.live);
   }
 }
 
@@ -265,7 +290,7 @@ template <typename Key>
 cudaError_t run(const TopkSelections& of, const Layout& layout, TopkPass pass, TopkState* states,
                 uint8_t* const* masks, const DeviceLimits& limits, cudaStream_t stream) {
   constexpr int kWidth = 8 * sizeof(Key);
-  constexpr size_t kBinBytes = kTopkDigitBins * sizeof(uint32_t);
+  constexpr size_t kBinBytes = kTopkDigitBins * sizeof(uint32_t) + sizeof(TopkReading);
   constexpr size_t kStageBytes = kTopkThreads / 32 * sizeof(Stage<Key>);
   const int64_t most = int64_t{kBlocksPerMultiprocessor} * limits.multiprocessors;
   const dim3 grid(static_cast<unsigned>(layout.n_tiles < most ? layout.n_tiles : most));
@@ -278,15 +303,15 @@ cudaError_t run(const TopkSelections& of, const Layout& layout, TopkPass pass, T
     }
   };
   // The passes that count; a problem by itself advances in their last block.
-  const auto count = [&](auto kernel) {
-    go(kernel, grid, kBinBytes + kStageBytes);
+  const auto count = [&](auto kernel, size_t shared) {
+    go(kernel, grid, shared);
     if (pass.problems > 1) {
       go(advance_kernel, dim3(static_cast<unsigned>(pass.problems)), 20 * sizeof(uint64_t), kWidth);
     }
   };
   pass.states = states;
   pass.masks = masks;
-  count(first_digit_kernel<Key>);
+  count(first_digit_kernel<Key>, kBinBytes);
   for (int64_t i = 0; i < of.selections; ++i) {
     pass.states = states + i * of.problems;
     pass.masks = masks + i * of.n_sources;
@@ -294,13 +319,13 @@ cudaError_t run(const TopkSelections& of, const Layout& layout, TopkPass pass, T
     pass.round = 1;
     pass.positions = false;
     for (int left = pass.key_bits - kTopkDigit; left > 0; left -= kTopkDigit) {
-      count(next_digit_kernel<Key>);
+      count(next_digit_kernel<Key, false>, kBinBytes + kStageBytes);
     }
     pass.positions = true;
     for (int left = pass.position_bits; left > 0; left -= kTopkDigit) {
-      count(next_digit_kernel<Key>);
+      count(next_digit_kernel<Key, true>, kBinBytes + kStageBytes);
     }
-    go(settle_kernel<Key>, grid, 0);
+    go(settle_kernel<Key>, grid, kBinBytes);
   }
   return error;
 }
@@ -342,7 +367,7 @@ cudaError_t topk_select(const TopkSelections& of, void* scratch, const DeviceLim
   pass.places = reinterpret_cast<uint16_t*>(base + layout.places);
   pass.status = reinterpret_cast<Word*>(of.scoring.status);
   pass.mark = of.scoring.mark;
-  pass.n_tiles = layout.n_tiles;
+  pass.n_tiles = static_cast<uint32_t>(layout.n_tiles);
   pass.n_slots = static_cast<uint64_t>(layout.n_slots);
   pass.n_sources = static_cast<int>(of.n_sources);
   pass.problems = static_cast<int>(of.problems);

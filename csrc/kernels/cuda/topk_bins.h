@@ -16,22 +16,29 @@ __host__ __device__ inline int topk_digit_bits(int left) {
 
 #if defined(__CUDACC__) || defined(FASTPRUNE_EMULATED)
 
+// Shared memory past a histogram.
+template <typename T>
+__device__ __forceinline__ T* after_bins() {
+  return reinterpret_cast<T*>(shared_memory<uint32_t>() + kTopkDigitBins);
+}
+
 // One thread's additions to a histogram in shared memory. A massed digit (the zeros of an earlier
-// mask, scores that are all equal) would have all threads wait for one address: a digit that comes
-// twice in a row is held in a register from then on, whatever comes between its occurrences.
+// mask, scores that are all equal) would have all threads wait for one address: a digit that was
+// seen twice in a row is counted in a register from then on, whatever comes between.
 // 32-bit counts: a block counts less than 2^32 elements unless there are over 2^40 in all.
 class HeldDigit {
  public:
+  // Two neighbours, before they are added.
+  __device__ __forceinline__ void look_at(uint32_t* bins, uint32_t one, uint32_t next) {
+    if (one != next || one == held_) return;
+    flush(bins);
+    held_ = one;
+  }
   __device__ __forceinline__ void add(uint32_t* bins, uint32_t digit) {
     if (digit == held_) {
       ++count_;
-    } else if (digit == last_) {
-      flush(bins);
-      held_ = digit;
-      count_ = 1;
     } else {
       atomicAdd(bins + digit, 1u);
-      last_ = digit;
     }
   }
   __device__ __forceinline__ void flush(uint32_t* bins) {
@@ -40,7 +47,7 @@ class HeldDigit {
   }
 
  private:
-  uint32_t held_ = ~0u, last_ = ~0u, count_ = 0;
+  uint32_t held_ = ~0u, count_ = 0;
 };
 
 // All threads of a block: its counts join those of all blocks, and start from 0 again.

@@ -78,6 +78,31 @@ __device__ __forceinline__ float stored_16(DType dtype, uint32_t bits) {
   return __uint_as_float(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
 }
 
+// What is needed of a tensor for every element; the rest is a read away.
+struct TopkReading {
+  const void *values, *other;
+  const uint8_t* within;
+  int64_t numel;
+  const TopkSource* table;
+  int index;
+  uint32_t kinds;
+
+  __device__ __forceinline__ DType dtype() const { return static_cast<DType>(kinds & 0xffu); }
+  __device__ __forceinline__ DType other_dtype() const {
+    return static_cast<DType>(kinds >> 8 & 0xffu);
+  }
+  __device__ __forceinline__ bool aligned() const { return kinds >> 16 != 0; }
+  __device__ __forceinline__ const TopkSource& source() const { return table[index]; }
+};
+
+__device__ __forceinline__ TopkReading reading_of(const TopkSource* table, int index) {
+  const TopkSource& s = table[index];
+  const uint32_t kinds = static_cast<uint32_t>(s.dtype) |
+                         static_cast<uint32_t>(s.other_dtype) << 8 |
+                         static_cast<uint32_t>(s.aligned != 0) << 16;
+  return {s.values, s.other, s.within, s.numel, table, index, kinds};
+}
+
 // Four elements as they lie in memory: 2 words of 16-bit elements, 4 of float32, 8 of float64.
 template <typename Key>
 constexpr int kRawWords = sizeof(Key);
@@ -100,23 +125,29 @@ __device__ __forceinline__ void read_quad(DType dtype, const void* from, int64_t
   }
 }
 
-// The same one element after another, those before `end` only.
+// The same one element after another, from a quad of which `n` elements (1 to 4) are there: the
+// last stands in for the others.
 template <typename Key>
-__device__ __forceinline__ void read_some(DType dtype, const void* from, int64_t at, int64_t end,
+__device__ __forceinline__ void read_some(DType dtype, const void* from, int64_t at, int n,
                                           uint32_t (&raw)[kRawWords<Key>]) {
+  if (dtype == DType::f32) {
+    const uint32_t* place = static_cast<const uint32_t*>(from) + at;
 #pragma unroll
-  for (int i = 0; i < kRawWords<Key>; ++i) raw[i] = 0;
+    for (int j = 0; j < 4; ++j) raw[j] = __ldg(place + (j < n ? j : n - 1));
+  } else if (sizeof(Key) == 4 || dtype != DType::f64) {
+    const uint16_t* place = static_cast<const uint16_t*>(from) + at;
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (at + j >= end) continue;
-    if (dtype == DType::f32) {
-      raw[j] = __ldg(static_cast<const uint32_t*>(from) + at + j);
-    } else if (sizeof(Key) == 4 || dtype != DType::f64) {
-      const uint32_t half = __ldg(static_cast<const uint16_t*>(from) + at + j);
-      raw[j / 2] |= half << (16 * (j % 2));
-    } else if constexpr (sizeof(Key) == 8) {
-      raw[2 * j] = __ldg(static_cast<const uint32_t*>(from) + 2 * (at + j));
-      raw[2 * j + 1] = __ldg(static_cast<const uint32_t*>(from) + 2 * (at + j) + 1);
+    for (int j = 0; j < 4; j += 2) {
+      const uint32_t low = __ldg(place + (j < n ? j : n - 1));
+      const uint32_t high = __ldg(place + (j + 1 < n ? j + 1 : n - 1));
+      raw[j / 2] = high << 16 | low;
+    }
+  } else if constexpr (sizeof(Key) == 8) {
+    const uint2* place = static_cast<const uint2*>(from) + at;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint2 v = __ldg(place + (j < n ? j : n - 1));
+      raw[2 * j] = v.x, raw[2 * j + 1] = v.y;
     }
   }
 }
@@ -154,41 +185,40 @@ __device__ __forceinline__ double magnitude_of(double x) {
   return __longlong_as_double(__double_as_longlong(x) & INT64_MAX);
 }
 
-// The score of an element in T, but for the sign that some kinds drop when it becomes a key.
+// Scores of four elements in T, but for the sign that some kinds drop when they become keys. Every
+// branch is the same for all threads of a launch, or of a tensor.
 template <typename T>
-__device__ __forceinline__ T fused(const TopkKeying& keying, T x, T y, T scale) {
-  // Times 1 is exact, so one multiplication serves every kind.
-  T s = rounded_product(x, y);
-  if (!keying.scaled) return s;
-  if (keying.score == TopkScore::magnitude || keying.score == TopkScore::saliency) {
-    s = magnitude_of(s);
-  }
-  return rounded_product(s, scale);
+__device__ __forceinline__ void scale_quad(const TopkKeying& keying, T scale, T (&s)[4]) {
+  if (!keying.scaled) return;
+  const bool drop = keying.score == TopkScore::magnitude || keying.score == TopkScore::saliency;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) s[j] = rounded_product(drop ? magnitude_of(s[j]) : s[j], scale);
 }
 
 template <typename T>
-__device__ __forceinline__ void fuse_quad(const TopkKeying& keying, const TopkSource& t,
+__device__ __forceinline__ void fuse_quad(const TopkKeying& keying, const TopkReading& t,
                                           const uint32_t* a, const uint32_t* b, T (&s)[4]) {
-  T y[4];
-  unpack_quad(t.dtype, a, s);
+  unpack_quad(t.dtype(), a, s);
   if (t.other != nullptr) {
-    unpack_quad(t.other_dtype, b, y);
-  } else {
+    T y[4];
+    unpack_quad(t.other_dtype(), b, y);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) y[j] = keying.score == TopkScore::square ? s[j] : T(1);
+    for (int j = 0; j < 4; ++j) s[j] = rounded_product(s[j], y[j]);
+  } else if (keying.score == TopkScore::square) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) s[j] = rounded_product(s[j], s[j]);
   }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) s[j] = fused(keying, s[j], y[j], static_cast<T>(t.scale));
+  scale_quad(keying, static_cast<T>(t.source().scale), s);
 }
 
-__device__ __forceinline__ bool is_double(const TopkKeying& keying, const TopkSource& t) {
-  return keying.score == TopkScore::noise || t.dtype == DType::f64 ||
-         (t.other != nullptr && t.other_dtype == DType::f64);
+__device__ __forceinline__ bool is_double(const TopkKeying& keying, const TopkReading& t) {
+  return keying.score == TopkScore::noise || t.dtype() == DType::f64 ||
+         (t.other != nullptr && t.other_dtype() == DType::f64);
 }
 
 // Scores of four elements from `at` on, in float or double as Key is narrow or wide.
 template <typename Score>
-__device__ __forceinline__ void score_quad(const TopkKeying& keying, const TopkSource& t,
+__device__ __forceinline__ void score_quad(const TopkKeying& keying, const TopkReading& t,
                                            int64_t at, const uint32_t* a, const uint32_t* b,
                                            Score (&s)[4]) {
   if constexpr (sizeof(Score) == 4) {
@@ -196,10 +226,10 @@ __device__ __forceinline__ void score_quad(const TopkKeying& keying, const TopkS
   } else if (keying.score == TopkScore::noise) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const uint64_t bits = topk_noise_bits(keying.seed, t.first + at + j);
-      const double u = __dadd_rn(__longlong_as_double(static_cast<long long>(bits)), -1.0);
-      s[j] = fused(keying, u, 1.0, t.scale);
+      const uint64_t bits = topk_noise_bits(keying.seed, t.source().first + at + j);
+      s[j] = __dadd_rn(__longlong_as_double(static_cast<long long>(bits)), -1.0);
     }
+    scale_quad(keying, t.source().scale, s);
   } else if (is_double(keying, t)) {
     fuse_quad(keying, t, a, b, s);
   } else {
@@ -214,9 +244,14 @@ __device__ __forceinline__ uint32_t score_bits(float s) { return __float_as_uint
 __device__ __forceinline__ uint64_t score_bits(double s) {
   return static_cast<uint64_t>(__double_as_longlong(s));
 }
-__device__ __forceinline__ bool is_nan_bits(uint32_t bits) { return (bits << 1) > 0xff000000u; }
-__device__ __forceinline__ bool is_nan_bits(uint64_t bits) {
-  return (bits << 1) > 0xffe0000000000000u;
+
+// Keys of NaN lie above that of infinity and, where scores have a sign, below that of its negative.
+template <typename Key>
+__device__ __forceinline__ bool is_nan_between(Key least, Key most, bool ordered) {
+  constexpr Key kInfinity = static_cast<Key>(sizeof(Key) == 4 ? 0x7f800000u : 0x7ff0000000000000u);
+  constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
+  if (!ordered) return most > kInfinity << 1;
+  return most > (kInfinity | kSign) || least < static_cast<Key>(~(kInfinity | kSign));
 }
 
 template <typename Key>
@@ -232,22 +267,20 @@ struct ScoreOf<uint64_t> {
 // every quad is aligned in memory. All loads are issued before the first is used.
 template <typename Key, int kQuads>
 __device__ __forceinline__ TopkKeys<Key, kQuads> load_keys(const TopkKeying& keying,
-                                                           const TopkSource& t, int64_t at,
+                                                           const TopkReading& t, int64_t at,
                                                            int64_t step, int64_t end,
                                                            bool vectors) {
   uint32_t a[kQuads][kRawWords<Key>], b[kQuads][kRawWords<Key>], allowed[kQuads];
   const bool read = keying.score != TopkScore::noise;
   TopkKeys<Key, kQuads> out;
-  out.live = 0;
-  out.nan = false;
   if (vectors) {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      if (read) read_quad<Key>(t.dtype, t.values, at + q * step, a[q]);
+      if (read) read_quad<Key>(t.dtype(), t.values, at + q * step, a[q]);
     }
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      if (t.other != nullptr) read_quad<Key>(t.other_dtype, t.other, at + q * step, b[q]);
+      if (t.other != nullptr) read_quad<Key>(t.other_dtype(), t.other, at + q * step, b[q]);
     }
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
@@ -258,30 +291,50 @@ __device__ __forceinline__ TopkKeys<Key, kQuads> load_keys(const TopkKeying& key
   } else {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      const int64_t from = at + q * step;
-      if (read) read_some<Key>(t.dtype, t.values, from, end, a[q]);
-      if (t.other != nullptr) read_some<Key>(t.other_dtype, t.other, from, end, b[q]);
-      allowed[q] = 0;
+      const int64_t left = end - (at + q * step), from = left > 0 ? at + q * step : end - 1;
+      const int n = left < 1 ? 1 : left < 4 ? static_cast<int>(left) : 4;
+      if (read) read_some<Key>(t.dtype(), t.values, from, n, a[q]);
+      if (t.other != nullptr) read_some<Key>(t.other_dtype(), t.other, from, n, b[q]);
+      allowed[q] = 0x01010101u;
+      if (t.within != nullptr) {
+        allowed[q] = 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (from + j >= end) continue;
-        const uint32_t byte = t.within == nullptr ? 1u : __ldg(t.within + from + j);
-        allowed[q] |= byte << (8 * j);
+        for (int j = 0; j < 4; ++j) {
+          const uint32_t byte = __ldg(t.within + from + (j < n ? j : n - 1));
+          allowed[q] |= byte << (8 * j);
+        }
       }
+      if (left < 4) allowed[q] &= left <= 0 ? 0u : (1u << (8 * left)) - 1;
     }
   }
+  Key least = ~Key{0}, most = 0;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     typename ScoreOf<Key>::type s[4];
     score_quad(keying, t, at + q * step, a[q], b[q], s);
+    if (keying.ordered) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out.key[q][j] = topk_key(score_bits(s[j]), true);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out.key[q][j] = topk_key(score_bits(s[j]), false);
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const Key bits = score_bits(s[j]);
-      const bool candidate = (allowed[q] >> (8 * j) & 0xffu) != 0, nan = is_nan_bits(bits);
-      out.key[q][j] = topk_key(bits, keying.ordered);
-      out.nan |= candidate && nan;
-      out.live |= static_cast<uint32_t>(candidate && !nan) << (4 * q + j);
+      least = out.key[q][j] < least ? out.key[q][j] : least;
+      most = out.key[q][j] > most ? out.key[q][j] : most;
     }
+  }
+  out.live = (1u << (4 * kQuads)) - 1;
+  out.nan = false;
+  if (vectors && t.within == nullptr && !is_nan_between(least, most, keying.ordered)) return out;
+#pragma unroll
+  for (int i = 0; i < 4 * kQuads; ++i) {
+    const Key key = out.key[i / 4][i % 4];
+    const bool candidate = (allowed[i / 4] >> (8 * (i % 4)) & 0xffu) != 0;
+    const bool nan = is_nan_between(key, key, keying.ordered);
+    out.nan |= candidate && nan;
+    if (!candidate || nan) out.live &= ~(1u << i);
   }
   return out;
 }

@@ -43,7 +43,7 @@ struct Row {
 
 // Calls f(keys, at) for four elements of every thread at a time, all threads alike.
 template <typename Key, typename F>
-__device__ __forceinline__ void for_row(const RowPass& p, const TopkSource& t, const Row& row,
+__device__ __forceinline__ void for_row(const RowPass& p, const TopkReading& t, const Row& row,
                                         F f) {
   for (int64_t from = row.begin; from < row.end; from += kStep) {
     const int64_t at = from + 4 * static_cast<int64_t>(threadIdx.x);
@@ -72,10 +72,11 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const RowPass p) {
   uint64_t* shared = reinterpret_cast<uint64_t*>(bins + kBins);
   for (int64_t number = blockIdx.x; number < p.n_rows; number += gridDim.x) {
     const int source = source_of_row(p, number);
-    const TopkSource& t = p.sources[source];
-    const int64_t cols = static_cast<int64_t>(p.cols[source]), r = number - t.first_tile;
+    const TopkReading t = reading_of(p.sources, source);
+    const int64_t cols = static_cast<int64_t>(p.cols[source]);
+    const int64_t r = number - t.source().first_tile;
     if (r < 0 || r * cols >= t.numel) continue;  // of a tensor that is left out
-    const Row row{r * cols, (r + 1) * cols, t.aligned != 0 && cols % 4 == 0};
+    const Row row{r * cols, (r + 1) * cols, t.aligned() && cols % 4 == 0};
     uint64_t prefix = 0, wanted = p.counts[source];
     int shift = kWidth;
     bool done = false;
@@ -85,13 +86,17 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const RowPass p) {
       for (int i = static_cast<int>(threadIdx.x); i < kBins; i += kThreads) bins[i] = 0;
       __syncthreads();
       HeldDigit held;
+      uint32_t last = ~0u;
       for_row<Key>(p, t, row, [&](const TopkKeys<Key, 1>& keys, int64_t) {
-        if (first && keys.nan) tell(p.status, p.mark, t.index, kNanScore);
+        if (first && keys.nan) tell(p.status, p.mark, t.source().index, kNanScore);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const Key key = keys.key[0][j];
           if ((keys.live >> j & 1u) == 0 || (!first && key >> shift != prefix)) continue;
-          held.add(bins, static_cast<uint32_t>(key >> (shift - bits)) & ((1u << bits) - 1));
+          const uint32_t digit = static_cast<uint32_t>(key >> (shift - bits)) & ((1u << bits) - 1);
+          held.look_at(bins, digit, last);
+          held.add(bins, digit);
+          last = digit;
         }
       });
       held.flush(bins);
@@ -155,15 +160,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRows + threadIdx.x / kPartials;
        row < p.n_rows; row += static_cast<int64_t>(gridDim.x) * kRows) {
     const int source = source_of_row(p, row);
-    const TopkSource& t = p.sources[source];
+    const TopkReading t = reading_of(p.sources, source);
     const int64_t cols = static_cast<int64_t>(p.cols[source]);
-    const int64_t begin = (row - t.first_tile) * cols, end = begin + cols;
+    const int64_t begin = (row - t.source().first_tile) * cols, end = begin + cols;
     double sum = 0;
     bool any = t.within == nullptr;
     for (int64_t at = begin + lane; at < end; at += kPartials) {
       uint32_t a[8], b[8];
-      if (p.keying.score != TopkScore::noise) read_some<uint64_t>(t.dtype, t.values, at, at + 1, a);
-      if (t.other != nullptr) read_some<uint64_t>(t.other_dtype, t.other, at, at + 1, b);
+      if (p.keying.score != TopkScore::noise) read_some<uint64_t>(t.dtype(), t.values, at, 1, a);
+      if (t.other != nullptr) read_some<uint64_t>(t.other_dtype(), t.other, at, 1, b);
       double s[4];
       score_quad(p.keying, t, at, a, b, s);
       sum = __dadd_rn(sum, __dmul_rn(s[0], s[0]));

@@ -12,8 +12,7 @@ constexpr int kQuads = 2;                      // vector loads in flight per thr
 constexpr int kQuadStep = 4 * kTopkThreads;    // elements between a thread's quads
 constexpr int64_t kTile = kQuads * kQuadStep;  // elements of one tensor; a place fits 16 bits
 constexpr int kBlocksPerMultiprocessor = 2;
-constexpr int kStaged = 64;              // candidates that a warp collects before it writes
-constexpr int64_t kCandidateShare = 48;  // elements per place in the list of candidates
+constexpr int64_t kCandidateShare = 48;           // elements per place in the list of candidates
 constexpr uint64_t kNothing = uint64_t{1} << 63;  // a prefix above every digit
 
 // What a selection knows: k-th best's leading key bits, then those of its inverted position.
@@ -54,7 +53,7 @@ struct TopkPass {
   uint16_t* places;
   Word* status;
   uint32_t* mark;
-  int64_t n_tiles;
+  uint32_t n_tiles;
   uint64_t n_slots;
   int n_sources, problems, selections;
   int key_bits, position_bits;
@@ -65,12 +64,7 @@ struct TopkPass {
 
 // ---- Where a block works ------------------------------------------------------------------------
 
-struct Walk {
-  int64_t tile, end;
-  int source;
-};
-
-__device__ __forceinline__ int source_of(const TopkPass& p, int64_t tile) {
+__device__ __forceinline__ int source_of(const TopkPass& p, uint32_t tile) {
   int low = 0, high = p.n_sources;  // the last that starts at or before the tile
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -79,38 +73,79 @@ __device__ __forceinline__ int source_of(const TopkPass& p, int64_t tile) {
   return low;
 }
 
-// Neighbouring tiles: few tensors to a block, and hardly a difference in work.
-__device__ __forceinline__ Walk walk_of(const TopkPass& p) {
-  const int64_t block = blockIdx.x, blocks = gridDim.x;
-  Walk w{block * p.n_tiles / blocks, (block + 1) * p.n_tiles / blocks, 0};
-  if (w.tile < w.end) w.source = source_of(p, w.tile);
-  return w;
-}
+// A block's tiles: neighbours, so that few tensors come before it. All threads walk together; what
+// they need of the tensor in question lies in shared memory.
+class Walk {
+ public:
+  __device__ __forceinline__ Walk(const TopkPass& p, TopkReading* shared)
+      : t(*shared),
+        tile(static_cast<uint32_t>(uint64_t{blockIdx.x} * p.n_tiles / gridDim.x)),
+        end_(static_cast<uint32_t>((uint64_t{blockIdx.x} + 1) * p.n_tiles / gridDim.x)) {
+    if (tile < end_) enter(p, source_of(p, tile));
+  }
+  // To the tile, wherever `tile` was set to; false past the end.
+  __device__ __forceinline__ bool here(const TopkPass& p) {
+    if (tile >= end_) return false;
+    while (tile >= next_) enter(p, source_ + 1);
+    return true;
+  }
+  // The first element of the tile in its tensor.
+  __device__ __forceinline__ int64_t begin() const { return int64_t{tile - first_} * kTile; }
 
-__device__ __forceinline__ const TopkSource& source_at(const TopkPass& p, Walk& w) {
-  while (w.source + 1 < p.n_sources && p.sources[w.source + 1].first_tile <= w.tile) ++w.source;
-  return p.sources[w.source];
+  TopkReading& t;
+  uint32_t tile;
+  int problem = -1;
+
+ private:
+  __device__ __forceinline__ void enter(const TopkPass& p, int i) {
+    const TopkSource& s = p.sources[i];
+    __syncthreads();
+    if (threadIdx.x == 0) t = reading_of(p.sources, i);
+    __syncthreads();
+    source_ = i;
+    problem = static_cast<int>(s.problem);
+    first_ = s.first_tile;
+    next_ = i + 1 < p.n_sources ? p.sources[i + 1].first_tile : p.n_tiles;
+  }
+  int source_ = 0;
+  uint32_t end_, first_ = 0, next_ = 0;  // tiles of the tensor
+};
+
+// Where a thread's i-th element of a tile lies.
+__device__ __forceinline__ uint32_t place_of(int i) {
+  return 4 * threadIdx.x + static_cast<uint32_t>(i / 4 * kQuadStep + i % 4);
 }
 
 template <typename Key>
-__device__ __forceinline__ TopkKeys<Key, kQuads> tile_keys(const TopkPass& p, const TopkSource& t,
+__device__ __forceinline__ TopkKeys<Key, kQuads> tile_keys(const TopkPass& p, const TopkReading& t,
                                                            int64_t begin) {
-  const bool whole = t.aligned != 0 && begin + kTile <= t.numel;
-  return load_keys<Key, kQuads>(p.keying, t, begin + 4 * static_cast<int64_t>(threadIdx.x),
-                                kQuadStep, t.numel, whole);
+  const bool whole = t.aligned() && begin + kTile <= t.numel;
+  return load_keys<Key, kQuads>(p.keying, t, begin + place_of(0), kQuadStep, t.numel, whole);
+}
+
+// The i-th key, without indexing registers by a variable.
+template <typename Key>
+__device__ __forceinline__ Key picked(const TopkKeys<Key, kQuads>& keys, int i) {
+  static_assert(kQuads == 2);
+  const auto of_quad = [&](const Key(&k)[4]) {
+    const Key even = (i & 2) != 0 ? k[2] : k[0], odd = (i & 2) != 0 ? k[3] : k[1];
+    return (i & 1) != 0 ? odd : even;
+  };
+  const Key first = of_quad(keys.key[0]), second = of_quad(keys.key[1]);
+  return i < 4 ? first : second;
 }
 
 // ---- What a prefix says of an element -----------------------------------------------------------
 
-__device__ __forceinline__ uint64_t inverted(const TopkPass& p, int64_t tile, uint32_t place) {
-  const uint64_t position = static_cast<uint64_t>(tile) * kTile + place;
+__device__ __forceinline__ uint64_t inverted(const TopkPass& p, uint32_t tile, uint32_t place) {
+  const uint64_t position = uint64_t{tile} * kTile + place;
   return ((uint64_t{1} << p.position_bits) - 1) - position;
 }
 
 // 1: better than the prefixes, 0: shares them, -1: worse.
 template <typename Key>
-__device__ __forceinline__ int compare(const TopkPass& p, const TopkState& s, Key key, int64_t tile,
-                                       uint32_t place) {
+__device__ __forceinline__ int compare(const TopkPass& p, const TopkState& s, Key key,
+                                       uint32_t tile, uint32_t place) {
   const uint64_t top = key >> s.key_shift;
   if (top != s.key_prefix) return top > s.key_prefix ? 1 : -1;
   if (s.position_shift == static_cast<uint32_t>(p.position_bits)) return 0;
@@ -118,17 +153,17 @@ __device__ __forceinline__ int compare(const TopkPass& p, const TopkState& s, Ke
   return at == s.position_prefix ? 0 : at > s.position_prefix ? 1 : -1;
 }
 
+// The digit that comes after a prefix that ends at `shift`.
 template <typename Key>
-__device__ __forceinline__ uint32_t next_digit(const TopkPass& p, const TopkState& s, Key key,
-                                               int64_t tile, uint32_t place) {
-  if (p.positions) {
-    const int bits = topk_digit_bits(static_cast<int>(s.position_shift));
-    const uint64_t rest = inverted(p, tile, place) >> (s.position_shift - bits);
-    return static_cast<uint32_t>(rest & ((1u << bits) - 1));
-  }
+__device__ __forceinline__ uint32_t key_digit(const TopkPass& p, uint32_t shift, Key key) {
   const int fixed = static_cast<int>(8 * sizeof(Key)) - p.key_bits;
-  const int bits = topk_digit_bits(static_cast<int>(s.key_shift) - fixed);
-  return static_cast<uint32_t>(key >> (s.key_shift - bits)) & ((1u << bits) - 1);
+  const int bits = topk_digit_bits(static_cast<int>(shift) - fixed);
+  return static_cast<uint32_t>(key >> (shift - bits)) & ((1u << bits) - 1);
+}
+__device__ __forceinline__ uint32_t position_digit(const TopkPass& p, uint32_t shift, uint32_t tile,
+                                                   uint32_t place) {
+  const int bits = topk_digit_bits(static_cast<int>(shift));
+  return static_cast<uint32_t>(inverted(p, tile, place) >> (shift - bits)) & ((1u << bits) - 1);
 }
 
 // ---- Masks and candidates -----------------------------------------------------------------------
@@ -159,79 +194,78 @@ __device__ __forceinline__ void store_quad(bool packed, uint8_t* mask, int64_t a
   }
 }
 
-// A warp's candidates on their way to the list: one atomic for dozens of them. Their order in the
-// list does not matter.
+// Bit i of `kept`: this thread's i-th element of a tile.
+__device__ __forceinline__ void store_tile(const TopkPass& p, const TopkReading& t, int64_t begin,
+                                           uint32_t kept) {
+  uint8_t* mask = p.masks[t.index];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int64_t at = begin + place_of(4 * q);
+    const bool whole = t.aligned() && at + 4 <= t.numel;
+    store_quad(p.packed, mask, at, t.numel, whole, kept >> (4 * q) & 15u);
+  }
+}
+
+constexpr int kStaged = 32 * 4 * kQuads;  // all that a warp can find in a tile
+
+// A warp's candidates on their way to the list: one atomic in global memory for dozens of them.
+// Their order in the list does not matter.
 template <typename Key>
 struct Stage {
   Key keys[kStaged];
   uint32_t tiles[kStaged];
   uint16_t places[kStaged];
+  uint32_t next;
 };
 
 template <typename Key>
 class Collector {
  public:
   __device__ __forceinline__ Collector(const TopkPass& p, Stage<Key>* stages)
-      : p_(p), stage_(stages[threadIdx.x / 32]) {}
-
-  // `chosen`: bits 0..3, of this lane's quad at `place` of the tile.
-  __device__ __forceinline__ void add(int problem, uint32_t chosen, const Key (&key)[4],
-                                      int64_t tile, uint32_t place) {
-    if (__any_sync(kAllLanes, chosen != 0) == 0) return;
-    const unsigned lower = (1u << (threadIdx.x % 32)) - 1;
-    uint32_t rank[4], total = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const unsigned lanes = __ballot_sync(kAllLanes, (chosen >> j & 1u) != 0);
-      rank[j] = total + static_cast<uint32_t>(__popc(lanes & lower));
-      total += static_cast<uint32_t>(__popc(lanes));
-    }
-    if (staged_ + total > kStaged) flush(problem);
-    const bool direct = total > kStaged;
-    const uint64_t first = direct ? reserve(problem, total) : 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if ((chosen >> j & 1u) == 0) continue;
-      const uint16_t at = static_cast<uint16_t>(place + j);
-      if (direct) {
-        write(first + rank[j], key[j], static_cast<uint32_t>(tile), at);
-      } else {
-        stage_.keys[staged_ + rank[j]] = key[j];
-        stage_.tiles[staged_ + rank[j]] = static_cast<uint32_t>(tile);
-        stage_.places[staged_ + rank[j]] = at;
-      }
-    }
-    if (!direct) staged_ += total;
+      : p_(p), stage_(stages[threadIdx.x / 32]) {
+    if (threadIdx.x % 32 == 0) stage_.next = 0;
+    __syncwarp();
   }
 
+  // All lanes of a warp: room for `n` candidates of this lane.
+  __device__ __forceinline__ void begin(int problem, uint32_t n) {
+    const uint32_t total = __reduce_add_sync(kAllLanes, n);
+    if (total == 0) return;
+    if (staged_ + total > kStaged) flush(problem);
+    slot_ = n == 0 ? 0 : atomicAdd(&stage_.next, n);
+    staged_ += total;
+  }
+  __device__ __forceinline__ void add(Key key, uint32_t tile, uint32_t place) {
+    stage_.keys[slot_] = key;
+    stage_.tiles[slot_] = tile;
+    stage_.places[slot_] = static_cast<uint16_t>(place);
+    ++slot_;
+  }
   __device__ __forceinline__ void flush(int problem) {
     if (staged_ == 0) return;  // the same for all lanes
     __syncwarp();
-    const uint64_t first = reserve(problem, staged_);
+    uint64_t first = 0;
+    if (threadIdx.x % 32 == 0) {
+      first =
+          p_.ranges[problem].first_slot + atomicAdd(p_.found + problem, static_cast<Word>(staged_));
+      stage_.next = 0;
+    }
+    first = __shfl_sync(kAllLanes, first, 0);
+#pragma unroll 1
     for (uint32_t i = threadIdx.x % 32; i < staged_; i += 32) {
-      write(first + i, stage_.keys[i], stage_.tiles[i], stage_.places[i]);
+      static_cast<Key*>(p_.keys)[first + i] = stage_.keys[i];
+      p_.tiles[first + i] = stage_.tiles[i];
+      p_.places[first + i] = stage_.places[i];
     }
     __syncwarp();
     staged_ = 0;
   }
 
  private:
-  __device__ __forceinline__ uint64_t reserve(int problem, uint32_t n) {
-    uint64_t first = 0;
-    if (threadIdx.x % 32 == 0) {
-      first = p_.ranges[problem].first_slot + atomicAdd(p_.found + problem, static_cast<Word>(n));
-    }
-    return __shfl_sync(kAllLanes, first, 0);
-  }
-  __device__ __forceinline__ void write(uint64_t slot, Key key, uint32_t tile, uint16_t place) {
-    static_cast<Key*>(p_.keys)[slot] = key;
-    p_.tiles[slot] = tile;
-    p_.places[slot] = place;
-  }
-
   const TopkPass& p_;
   Stage<Key>& stage_;
-  uint32_t staged_ = 0;
+  uint32_t staged_ = 0;  // of the warp
+  uint32_t slot_ = 0;    // of the lane
 };
 
 // ---- Between the passes -------------------------------------------------------------------------
@@ -251,10 +285,13 @@ __device__ __forceinline__ TopkState narrowed(const TopkPass& p, TopkState s, co
   s.wanted -= b.above;
   s.inside = b.inside;
   s.done = s.wanted == s.inside ? 1 : 0;
+  // Digits of the position are never counted while the list is made: after the first of them little
+  // is left to read in any case.
+  const bool key_next = s.key_shift > static_cast<uint32_t>(width - p.key_bits);
   if (s.mode == kCollecting) {
     s.mode = kListed;
-  } else if (s.mode == kReading && s.done == 0 && s.inside <= slots && !p.positions) {
-    s.mode = kCollecting;  // after a digit of the position little is left to read in any case
+  } else if (s.mode == kReading && s.done == 0 && s.inside <= slots && key_next) {
+    s.mode = kCollecting;
   }
   return s;
 }
