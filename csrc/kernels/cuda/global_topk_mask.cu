@@ -12,8 +12,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2) advance_kernel(const TopkPass
   advance(p, static_cast<int>(blockIdx.x), width, shared_memory<uint64_t>());
 }
 
-// Blocks whose registers fit a multiprocessor together; a grid has kBlocksPerMultiprocessor in any
-// case.
+// Blocks whose registers fit a multiprocessor together.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <typename Key>
 constexpr int kResident = 1;
@@ -63,17 +62,30 @@ __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
   end_pass(p, 8 * sizeof(Key), bins);
 }
 
-// Calls f(problem, slot) for this block's part of the listed candidates of undecided problems, or
-// of decided ones, and between two problems g(problem left).
+// Whether any problem is undecided: the same for all threads of the grid.
+__device__ __forceinline__ bool any_open(const TopkPass& p) {
+  bool open = false;
+  for (int i = static_cast<int>(threadIdx.x % 32); i < p.problems; i += 32) {
+    open |= p.states[i].done == 0;
+  }
+  return __any_sync(kAllLanes, open) != 0;
+}
+
+// Calls f(problem, state, slot) for this block's part of the listed candidates of undecided
+// problems, or of decided ones, and between two problems g(problem left).
 template <typename F, typename G>
 __device__ __forceinline__ void for_listed(const TopkPass& p, bool done, F f, G g) {
   const uint64_t block = blockIdx.x, blocks = gridDim.x;
   const uint64_t all = p.problems == 1 ? p.found[0] : p.n_slots;
   const uint64_t begin = block * all / blocks, end = (block + 1) * all / blocks;
-  for (int i = 0; i < p.problems; ++i) {
+  int first = 0, past = p.problems;  // the first problem of this part: the last to start before it
+  while (past - first > 1) {
+    const int middle = (first + past) / 2;
+    (p.ranges[middle].first_slot <= begin ? first : past) = middle;
+  }
+  for (int i = first; i < p.problems; ++i) {
     const TopkRange range = p.ranges[i];
     if (range.first_slot >= end) break;
-    if (range.first_slot + range.slots <= begin) continue;
     const TopkState s = p.states[i];
     if (s.mode != kListed || (s.done != 0) != done) continue;
     const uint64_t last = range.first_slot + p.found[i];
@@ -91,9 +103,7 @@ template <typename Key, bool kPositions>
 __global__ void __launch_bounds__(kTopkThreads, kResident<Key>)
     next_digit_kernel(const TopkPass p) {
   uint32_t* bins = shared_memory<uint32_t>();
-  bool open = false;
-  for (int i = 0; i < p.problems && !open; ++i) open = p.states[i].done == 0;
-  if (!open) return;
+  if (!any_open(p)) return;
   clear_bins(bins);
   HeldDigit held;
   uint32_t last = ~0u;

@@ -190,7 +190,8 @@ def global_topk_mask(
     for each further count of a sweep; contiguous copies of non-contiguous tensors. It waits for
     the GPU once, to learn of NaN scores, but not while a CUDA graph is captured: then the next
     call on a CUDA device after the graph's replay raises a RuntimeError. ``lamp`` scores are made
-    by the plain torch reference, as is everything in a build without CUDA kernels.
+    by the plain torch reference, which no graph captures, as is everything in a build without
+    CUDA kernels.
 
     Papers: de Jorge et al. 2021, Algorithm 1, line 8; the scopes global, layer and neuron as in
     Diao et al. 2023, Section 4; filters ranked across layers as in Lin et al. 2020; LAMP as in Lee
