@@ -12,7 +12,7 @@ import torch
 import fastprune as fp
 
 ROOT = Path(__file__).resolve().parent.parent
-STEMS = ["masked_linear", "masked_conv2d", "global_topk_mask", "tensor_statistics"]
+STEMS = ["masked_linear", "masked_conv2d", "global_topk_mask", "tensor_statistics", "path_norm"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -82,8 +82,9 @@ def test_every_stem_has_all_its_files(stem: str) -> None:
         # And no stem of an op that this list does not know.
         known = {*STEMS, "common", "pattern", "isa", "simd", "panel", "scalar_types", "__init__"}
         known |= {"activations", "batch_norm", "layout", "product", "tensor_statistics_gini"}
-        known |= {"plan", "plan_registry", "planned", "convert"}
+        known |= {"plan", "plan_registry", "planned", "convert", "backend", "cuda_op"}
         # Of an op's kernels:
         parts = ("topk", "conv_", "masked_conv2d_", "masked_linear_", "statistics_")
-        found = {p.name.split(".")[0] for p in (ROOT / path).glob("*.*")}
+        parts += ("path_norm_", "reach_")
+        found = {p.stem.removesuffix("_cuda") for p in (ROOT / path).glob("*.*")}
         assert found <= known | {p for p in found if p.startswith(parts)}, path

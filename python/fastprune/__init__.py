@@ -8,10 +8,37 @@ from fastprune import _extension
 
 _C = _extension.load()
 
-from fastprune import data, distributed, models, nn, ops, reference, timing  # noqa: E402
+import fastprune.ops  # noqa: E402, F401  # first: the other packages meet in it
+from fastprune import (  # noqa: E402
+    data,
+    distributed,
+    effective,
+    metrics,
+    models,
+    nn,
+    ops,
+    quotas,
+    reference,
+    timing,
+)
 from fastprune.build import build_info  # noqa: E402
 from fastprune.convert import accelerate, finalize  # noqa: E402
+from fastprune.effective import (  # noqa: E402
+    effective_compression,
+    effective_masks,
+    effective_sparsity,
+    path_norms,
+)
 from fastprune.masks import Masks  # noqa: E402
+from fastprune.metrics import (  # noqa: E402
+    Macs,
+    MaskChanges,
+    direct_compression,
+    macs,
+    mask_changes,
+    mask_flips,
+    mask_iou,
+)
 from fastprune.ops import (  # noqa: E402
     KeptScores,
     Pattern,
@@ -35,6 +62,8 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "KeptScores",
     "LayerReport",
+    "Macs",
+    "MaskChanges",
     "Masks",
     "Pattern",
     "Pruner",
@@ -44,20 +73,32 @@ __all__ = [
     "accelerate",
     "build_info",
     "data",
+    "direct_compression",
     "distributed",
+    "effective",
+    "effective_compression",
+    "effective_masks",
+    "effective_sparsity",
     "finalize",
     "gini_index",
     "global_topk_mask",
     "global_topk_sweep",
     "kept_scores",
+    "macs",
+    "mask_changes",
+    "mask_flips",
+    "mask_iou",
     "masked_conv2d",
     "masked_linear",
+    "metrics",
     "models",
     "nn",
     "ops",
     "pack",
+    "path_norms",
     "pq_index",
     "prune",
+    "quotas",
     "reference",
     "score",
     "tensor_statistics",

@@ -47,30 +47,8 @@ class Masks(Mapping[str, Tensor]):
     _digest: str | None
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        if isinstance(masks, Masks):
-            masks = masks._masks
-        if not isinstance(masks, Mapping):
-            raise TypeError(
-                f"masks: expected a mapping of parameter names to bool tensors, got "
-                f"{type(masks).__name__}"
-            )
         own: dict[str, Tensor] = {}
-        for name, mask in masks.items():
-            if not isinstance(name, str):
-                raise TypeError(f"masks: names must be strings, got {name!r}")
-            if not name:
-                raise ValueError("masks: a name is empty")
-            if not isinstance(mask, Tensor):
-                raise TypeError(
-                    f"masks[{name!r}]: expected a bool tensor, got {type(mask).__name__}"
-                )
-            if mask.dtype != torch.bool:
-                raise ValueError(f"masks[{name!r}]: expected dtype torch.bool, got {mask.dtype}")
-            if mask.layout != torch.strided or mask.device.type == "meta":
-                raise ValueError(
-                    f"masks[{name!r}]: expected a strided tensor with data, got "
-                    f"{mask.layout} on {mask.device}"
-                )
+        for name, mask in readable(masks).items():
             # Expanded or strided views become plain ones; inference tensors become normal ones.
             with torch.inference_mode(False):
                 own[name] = mask.detach().clone(memory_format=torch.contiguous_format)
@@ -273,3 +251,29 @@ class Masks(Mapping[str, Tensor]):
 
     def __invert__(self) -> Masks:
         return Masks({n: ~m for n, m in self._masks.items()})
+
+
+def readable(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of ``masks`` themselves, checked and not copied: for reading only."""
+    if isinstance(masks, Masks):
+        return masks._masks
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"masks: expected a mapping of parameter names to bool tensors, got "
+            f"{type(masks).__name__}"
+        )
+    for name, mask in masks.items():
+        if not isinstance(name, str):
+            raise TypeError(f"masks: names must be strings, got {name!r}")
+        if not name:
+            raise ValueError("masks: a name is empty")
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"masks[{name!r}]: expected a bool tensor, got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise ValueError(f"masks[{name!r}]: expected dtype torch.bool, got {mask.dtype}")
+        if mask.layout != torch.strided or mask.device.type == "meta":
+            raise ValueError(
+                f"masks[{name!r}]: expected a strided tensor with data, got "
+                f"{mask.layout} on {mask.device}"
+            )
+    return masks

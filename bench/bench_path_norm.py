@@ -1,0 +1,84 @@
+"""Effective sparsity against one read of the masks, and against the papers' all-ones pass.
+
+``taskset -c 0 python -m bench.bench_path_norm --json bench/results/path-norm-1-thread.json``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastprune as fp
+from bench.harness import machine
+from fastprune import timing
+from fastprune.reference import path_norm as reference
+
+
+def _read(masks: dict[str, torch.Tensor]) -> int:
+    """Every byte of the masks once, as words."""
+    return sum(
+        int(m.view(torch.uint8).flatten()[: m.numel() // 8 * 8].view(torch.int64).sum())
+        for m in masks.values()
+    )
+
+
+def _all_ones(plain: torch.nn.Module, names: list[str], ones: torch.Tensor) -> None:
+    weights = [p for n, p in plain.named_parameters() if n in names]
+    torch.autograd.grad(plain(ones).sum(), weights)
+
+
+def measure(name: str, size: int, sparsity: float, min_time: float) -> dict[str, Any]:
+    """One network at one sparsity: medians in milliseconds."""
+    model = fp.models.create(name).eval()
+    x = torch.zeros(1, 3, size, size)
+    masks = dict(fp.prune(model, "random", sparsity))
+    plain = reference.linearized(model, masks)
+    ones = torch.ones(1, 3, size, size, dtype=torch.float64)
+    names = list(masks)
+    found = fp.effective_sparsity(model, masks, example_input=x)
+    times = timing.measure(
+        {
+            "one read of the masks": lambda: _read(masks),
+            "effective_sparsity": lambda: fp.effective_sparsity(model, masks, example_input=x),
+            "effective_masks": lambda: fp.effective_masks(model, masks, example_input=x),
+            "all-ones pass, float64": lambda: _all_ones(plain, names, ones),
+        },
+        min_time=min_time,
+    )
+    return {
+        "network": name,
+        "weights": sum(m.numel() for m in masks.values()),
+        "sparsity": sparsity,
+        "effective_sparsity": found,
+        "ms": {k: {q: 1e3 * v for q, v in t.to_dict().items()} for k, t in times.items()},
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--min-time", type=float, default=1.0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure("resnet50-imagenet", 224, s, options.min_time) for s in (0.9, 0.99)]
+    for row in rows:
+        medians = {k: t["median"] for k, t in row["ms"].items()}
+        read, own = medians["one read of the masks"], medians["effective_sparsity"]
+        print(
+            f"{row['network']} at {100 * row['sparsity']:g} %: effective sparsity "
+            f"{100 * row['effective_sparsity']:.3f} % in {own:.2f} ms, {own / read:.1f} times one "
+            f"read of the masks ({read:.2f} ms); masks in {medians['effective_masks']:.2f} ms; "
+            f"all-ones pass in float64 {medians['all-ones pass, float64']:.0f} ms, "
+            f"{medians['all-ones pass, float64'] / own:.0f} times as long"
+        )
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

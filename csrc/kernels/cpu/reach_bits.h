@@ -1,0 +1,218 @@
+// Words of bits, and how a tap of a convolution moves a plane of them (path_norm.h). Unnamed: each
+// translation unit, hence each ISA, keeps its own copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/cpu/path_norm.h"
+
+namespace fastprune::FASTPRUNE_ISA {
+namespace {
+
+inline void or_words(uint64_t* to, const uint64_t* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] |= from[i];
+}
+inline bool same_words(const uint64_t* a, const uint64_t* b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (a[i] != b[i]) return false;
+  }
+  return true;
+}
+inline bool any_word(const uint64_t* a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (a[i] != 0) return true;
+  }
+  return false;
+}
+inline bool meet_words(const uint64_t* a, const uint64_t* b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if ((a[i] & b[i]) != 0) return true;
+  }
+  return false;
+}
+
+// Bit i is byte i != 0.
+inline uint64_t bits_of_bytes(const uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  const __m512i v = _mm512_loadu_si512(bytes);
+  return _mm512_test_epi8_mask(v, v);
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, bytes + 8 * i, 8);
+    // Bytes are 0 or 1: the multiplication gathers their lowest bits in the topmost byte.
+    bits |= (eight * 0x0102040810204080u >> 56) << (8 * i);
+  }
+  return bits;
+#endif
+}
+inline void bytes_of_bits(uint64_t bits, uint8_t* bytes) {
+#if defined(__AVX512BW__)
+  _mm512_storeu_si512(bytes, _mm512_maskz_set1_epi8(bits, 1));
+#else
+  for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(bits >> i & 1u);
+#endif
+}
+
+// to |= n bits, from bit `at` of `to` on.
+inline void or_bits(uint64_t* to, int64_t at, const uint64_t* bits, int64_t n) {
+  const int64_t by = at % 64;
+  to += at / 64;
+  for (int64_t w = 0; w * 64 < n; ++w) {
+    to[w] |= bits[w] << by;
+    if (by != 0 && (bits[w] >> (64 - by)) != 0) to[w + 1] |= bits[w] >> (64 - by);
+  }
+}
+
+inline bool bit_of(const uint64_t* plane, int64_t i) { return (plane[i / 64] >> i % 64 & 1u) != 0; }
+inline void set_bit(uint64_t* plane, int64_t i) { plane[i / 64] |= uint64_t{1} << i % 64; }
+
+// How the taps of a geometry move planes. Where both sides have the same rows and columns and no
+// stride, a tap is one shift of the whole plane, and its cover says which bits do not count;
+// otherwise positions move one at a time.
+class Joiner {
+ public:
+  explicit Joiner(const ReachGeometry& g)
+      : g_(g),
+        small_words_(words_of(g.small_bits())),
+        large_words_(words_of(g.large_bits())),
+        flat_(g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1 &&
+              g.large[1] == g.small[1] && g.large[2] == g.small[2]) {}
+
+  // Sets, in planes of zeros, the small positions that tap t joins to something, and what they are
+  // joined to. rows: two rows of zeros, words_of(small[2]) and words_of(large[2]) words, that are
+  // zeros again afterwards.
+  void cover(int64_t t, uint64_t* small, uint64_t* large, uint64_t* rows) const {
+    int64_t start[3], from[3], to[3];
+    start_of(t, start);
+    for (int i = 0; i < 3; ++i) {
+      inside(start[i], g_.stride[i], g_.large[i], g_.small[i], &from[i], &to[i]);
+    }
+    uint64_t *small_row = rows, *large_row = rows + words_of(g_.small[2]);
+    for (int64_t x = from[2]; x < to[2]; ++x) {
+      set_bit(small_row, x);
+      set_bit(large_row, start[2] + x * g_.stride[2]);
+    }
+    for (int64_t z = from[0]; z < to[0]; ++z) {
+      const int64_t lz = z * g_.stride[0] + start[0];
+      for (int64_t y = from[1]; y < to[1]; ++y) {
+        const int64_t ly = y * g_.stride[1] + start[1];
+        or_bits(small, (z * g_.small[1] + y) * g_.small[2], small_row, g_.small[2]);
+        or_bits(large, (lz * g_.large[1] + ly) * g_.large[2], large_row, g_.large[2]);
+      }
+    }
+    std::memset(rows, 0, static_cast<size_t>(words_of(g_.small[2]) + words_of(g_.large[2])) * 8);
+  }
+
+  // to |= the large plane as tap t brings it to the small side.
+  void gather(int64_t t, const uint64_t* cover, const uint64_t* large, uint64_t* to) const {
+    if (flat_) {
+      const int64_t shift = shift_of(t);
+      for (int64_t w = 0; w < small_words_; ++w) {
+        to[w] |= cover[w] & word_at(large, large_words_, 64 * w + shift);
+      }
+      return;
+    }
+    each_pair(t, [&](int64_t s, int64_t l) {
+      if (bit_of(large, l)) set_bit(to, s);
+      return false;
+    });
+  }
+
+  // to |= the small plane as tap t brings it to the large side.
+  void spread(int64_t t, const uint64_t* cover, const uint64_t* small, uint64_t* to) const {
+    if (flat_) {
+      const int64_t shift = shift_of(t);
+      for (int64_t w = 0; w < small_words_; ++w) {
+        const uint64_t bits = cover[w] & small[w];
+        if (bits == 0) continue;
+        // Bits that count stay inside the plane; floor division, as the shift may be negative.
+        const int64_t at = 64 * w + shift, word = at >> 6, by = at & 63;
+        if (word >= 0) to[word] |= bits << by;
+        if (by != 0 && word + 1 < large_words_) to[word + 1] |= bits >> (64 - by);
+      }
+      return;
+    }
+    each_pair(t, [&](int64_t s, int64_t l) {
+      if (bit_of(small, s)) set_bit(to, l);
+      return false;
+    });
+  }
+
+  // Whether tap t joins a set large position to a set small one (null: to any).
+  bool meets(int64_t t, const uint64_t* cover, const uint64_t* large, const uint64_t* small) const {
+    if (flat_) {
+      const int64_t shift = shift_of(t);
+      for (int64_t w = 0; w < small_words_; ++w) {
+        const uint64_t wanted = small == nullptr ? cover[w] : cover[w] & small[w];
+        if (wanted != 0 && (wanted & word_at(large, large_words_, 64 * w + shift)) != 0)
+          return true;
+      }
+      return false;
+    }
+    return each_pair(t, [&](int64_t s, int64_t l) {
+      return bit_of(large, l) && (small == nullptr || bit_of(small, s));
+    });
+  }
+
+ private:
+  // Where small position 0 of tap t stands on the large side, padding included.
+  void start_of(int64_t t, int64_t* start) const {
+    const int64_t k[3] = {t / (g_.kernel[1] * g_.kernel[2]), t / g_.kernel[2] % g_.kernel[1],
+                          t % g_.kernel[2]};
+    for (int i = 0; i < 3; ++i) start[i] = k[i] * g_.dilation[i] - g_.padding[i];
+  }
+  int64_t shift_of(int64_t t) const {
+    int64_t start[3];
+    start_of(t, start);
+    return (start[0] * g_.large[1] + start[1]) * g_.large[2] + start[2];
+  }
+  // 64 bits from a bit position, zeros outside the plane.
+  static uint64_t word_at(const uint64_t* plane, int64_t words, int64_t at) {
+    const int64_t word = at >> 6, by = at & 63;
+    const uint64_t low = word >= 0 && word < words ? plane[word] >> by : 0;
+    if (by == 0 || word + 1 < 0 || word + 1 >= words) return low;
+    return low | plane[word + 1] << (64 - by);
+  }
+  // The small coordinates in [*from, *to) that stay inside the large side.
+  static void inside(int64_t start, int64_t stride, int64_t large, int64_t small, int64_t* from,
+                     int64_t* to) {
+    *from = start >= 0 ? 0 : (-start + stride - 1) / stride;
+    const int64_t end = start >= large ? 0 : (large - 1 - start) / stride + 1;
+    *to = end < small ? end : small;
+  }
+  // f(small position, large position) for every pair that tap t joins, until it returns true.
+  template <typename F>
+  bool each_pair(int64_t t, const F& f) const {
+    int64_t start[3], from[3], to[3];
+    start_of(t, start);
+    for (int i = 0; i < 3; ++i) {
+      inside(start[i], g_.stride[i], g_.large[i], g_.small[i], &from[i], &to[i]);
+    }
+    for (int64_t z = from[0]; z < to[0]; ++z) {
+      const int64_t lz = z * g_.stride[0] + start[0];
+      for (int64_t y = from[1]; y < to[1]; ++y) {
+        const int64_t ly = y * g_.stride[1] + start[1];
+        const int64_t s = (z * g_.small[1] + y) * g_.small[2];
+        const int64_t l = (lz * g_.large[1] + ly) * g_.large[2] + start[2];
+        for (int64_t x = from[2]; x < to[2]; ++x) {
+          if (f(s + x, l + x * g_.stride[2])) return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  const ReachGeometry& g_;
+  const int64_t small_words_, large_words_;
+  const bool flat_;
+};
+
+}  // namespace
+}  // namespace fastprune::FASTPRUNE_ISA

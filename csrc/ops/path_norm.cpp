@@ -1,0 +1,359 @@
+#include "ops/path_norm.h"
+
+#include <cstddef>
+#include <cstring>
+
+namespace fastprune {
+namespace {
+
+constexpr const char* kOp = "path_norm_reach";
+
+using Words = std::vector<uint64_t>;
+
+// One run of a program on the CPU.
+class Reach {
+ public:
+  Reach(const ReachProgram& program, const std::vector<Tensor>& masks,
+        const std::vector<Tensor>& labels, bool keep_active)
+      : program_(program), labels_(labels) {
+    for (const ReachValue& v : program.values) {
+      forward_.push_back(Map{v, Words(static_cast<size_t>(v.words())), {}, true, false});
+      backward_.push_back(forward_.back());
+    }
+    bits_.resize(masks.size());
+    active_.resize(masks.size());
+    counts_.resize(masks.size());
+    std::vector<int> uses(masks.size());
+    for (const ReachInstruction& i : program.instructions) {
+      if (i.mask < 0) continue;
+      const size_t m = static_cast<size_t>(i.mask);
+      const size_t words = static_cast<size_t>(i.mask_rows() * words_of(i.mask_cols()));
+      if (uses[m]++ == 0) {
+        bits_[m].resize(words);
+        const auto* bytes = static_cast<const uint8_t*>(masks[m].const_data_ptr());
+        FASTPRUNE_PICK(reach_pack)(bytes, i.mask_rows(), i.mask_cols(), bits_[m].data());
+      }
+      STD_TORCH_CHECK(bits_[m].size() == words, kOp, ": masks[", m,
+                      "]: expected the same rows and columns at every use");
+      // Weights used twice are active where either use is.
+      if ((uses[m] == 2 || keep_active) && active_[m].empty()) active_[m].resize(words);
+    }
+  }
+
+  void run() {
+    do {
+      changed_ = false;
+      for (const ReachInstruction& i : program_.instructions) step_forward(i);
+    } while (program_.cyclic && changed_);
+    do {
+      changed_ = false;
+      for (size_t k = program_.instructions.size(); k-- > 0;) {
+        step_backward(program_.instructions[k]);
+      }
+    } while (program_.cyclic && changed_);
+    for (const ReachInstruction& i : program_.instructions) count_active(i);
+    for (size_t m = 0; m < active_.size(); ++m) {
+      if (active_[m].empty()) continue;
+      counts_[m] =
+          FASTPRUNE_PICK(reach_count)(active_[m].data(), static_cast<int64_t>(active_[m].size()));
+    }
+  }
+
+  int64_t count(size_t mask) const { return counts_[mask]; }
+
+  // The active weights of a mask, as bytes; zeros where no instruction uses it.
+  void write_active(size_t mask, uint8_t* bytes, int64_t numel) const {
+    for (const ReachInstruction& i : program_.instructions) {
+      if (i.mask != static_cast<int64_t>(mask)) continue;
+      FASTPRUNE_PICK(reach_unpack)(active_[mask].data(), i.mask_rows(), i.mask_cols(), bytes);
+      return;
+    }
+    std::memset(bytes, 0, static_cast<size_t>(numel));
+  }
+
+  void write_value(size_t value, bool backward, uint8_t* bytes) const {
+    const ReachValue& v = program_.values[value];
+    const Map& map = backward ? backward_[value] : forward_[value];
+    FASTPRUNE_PICK(reach_unpack)(map.words.data(), v.planes, v.bits, bytes);
+  }
+
+ private:
+  // The reach of a value in one direction.
+  struct Map {
+    ReachValue value;
+    Words words;
+    std::vector<uint8_t> states;  // of the planes, while `known`
+    bool clear;                   // all zeros so far
+    bool known;
+  };
+
+  Map& at(std::vector<Map>& maps, const ReachInstruction& i, size_t k) {
+    return maps[static_cast<size_t>(i.values[k])];
+  }
+  const uint64_t* mask_bits(const ReachInstruction& i) const {
+    return i.mask < 0 ? nullptr : bits_[static_cast<size_t>(i.mask)].data();
+  }
+  uint64_t* scratch(int64_t words) {
+    if (scratch_.size() < static_cast<size_t>(words)) scratch_.resize(static_cast<size_t>(words));
+    return scratch_.data();
+  }
+
+  void merge(Map& to, const Words& from) {
+    const bool more = FASTPRUNE_PICK(reach_merge)(to.words.data(), from.data(),
+                                                  static_cast<int64_t>(from.size()));
+    changed_ = changed_ || more;
+    to.clear = to.known = false;
+  }
+  // Where an instruction writes its result: the map itself if nothing is there yet.
+  uint64_t* result_for(const Map& to) {
+    if (to.clear) return const_cast<uint64_t*>(to.words.data());
+    result_.assign(to.words.size(), 0);
+    return result_.data();
+  }
+  void take_result(Map& to) {
+    if (!to.clear) {
+      merge(to, result_);
+      return;
+    }
+    for (size_t w = 0; program_.cyclic && w < to.words.size(); ++w) {
+      changed_ = changed_ || to.words[w] != 0;
+    }
+    to.clear = to.known = false;
+  }
+  void fill(Map& map) {
+    const ReachValue& v = map.value;
+    map.words.assign(map.words.size(), ~uint64_t{0});
+    const int64_t words = words_of(v.bits);
+    for (int64_t p = 0; p < v.planes && v.bits % 64 != 0; ++p) {
+      map.words[static_cast<size_t>((p + 1) * words - 1)] = (uint64_t{1} << v.bits % 64) - 1;
+    }
+    map.clear = map.known = false;
+  }
+  const uint8_t* states(Map& map) {
+    if (!map.known) {
+      map.states.resize(static_cast<size_t>(map.value.planes));
+      FASTPRUNE_PICK(reach_states)
+      (map.words.data(), map.value.planes, map.value.bits, map.states.data());
+      map.known = true;
+    }
+    return map.states.data();
+  }
+
+  // The covers of a convolution's taps, made once for all layers of the same geometry.
+  ReachTaps taps_of(const ReachGeometry& g) {
+    Covers* found = nullptr;
+    for (Covers& known : covers_) {
+      if (std::memcmp(known.geometry.large, g.large, sizeof g - offsetof(ReachGeometry, large)) ==
+          0) {
+        found = &known;
+      }
+    }
+    const int64_t small = words_of(g.small_bits()), large = words_of(g.large_bits());
+    const bool fresh = found == nullptr;
+    if (fresh) {
+      covers_.push_back(Covers{g, Words(static_cast<size_t>((g.taps() + 1) * (small + large))),
+                               std::vector<uint8_t>(static_cast<size_t>(2 * g.taps()))});
+      found = &covers_.back();
+    }
+    uint64_t* at = found->words.data();
+    const ReachTaps taps{at,
+                         at + g.taps() * small,
+                         at + g.taps() * (small + large),
+                         at + g.taps() * (small + large) + small,
+                         found->saturates.data(),
+                         found->saturates.data() + g.taps()};
+    if (fresh) {
+      Words rows(static_cast<size_t>(words_of(g.small[2]) + words_of(g.large[2])));
+      FASTPRUNE_PICK(reach_taps)(g, taps, rows.data());
+    }
+    return taps;
+  }
+
+  // A convolution's result in one direction, added to `to`.
+  void conv(const ReachInstruction& i, Map& from, Map& to, bool gathers) {
+    const ReachGeometry& g = i.geometry;
+    const int64_t words = words_of(g.cols());
+    const ReachTaps taps = taps_of(g);
+    const uint8_t* from_states = states(from);
+    uint64_t* result = result_for(to);
+    if (gathers) {
+      FASTPRUNE_PICK(reach_gather)
+      (g, taps, mask_bits(i), from.words.data(), from_states, result,
+       scratch(words + words_of(g.taps())), 0, g.rows);
+    } else {
+      FASTPRUNE_PICK(reach_spread)
+      (g, taps, mask_bits(i), from.words.data(), from_states, result, scratch(3 * words));
+    }
+    take_result(to);
+  }
+
+  void step_forward(const ReachInstruction& i) {
+    if (i.op == ReachOp::input) {
+      fill(at(forward_, i, 0));
+    } else if (i.op == ReachOp::join) {
+      for (size_t k = 1; k < i.values.size(); ++k) {
+        merge(at(forward_, i, 0), at(forward_, i, k).words);
+      }
+    } else if (i.op == ReachOp::conv) {
+      conv(i, at(forward_, i, 0), at(forward_, i, 1), !i.transposed);
+    } else if (i.op == ReachOp::linear) {
+      Map &in = at(forward_, i, 0), &out = at(forward_, i, 1);
+      FASTPRUNE_PICK(reach_linear)
+      (mask_bits(i), i.rows, i.cols, i.tokens, in.words.data(), result_for(out));
+      take_result(out);
+    } else if (i.op == ReachOp::copy) {
+      copy(at(forward_, i, 0), at(forward_, i, 1));
+    } else if (i.op == ReachOp::groups) {
+      groups(i, at(forward_, i, 0), i.in_labels, at(forward_, i, 1), i.out_labels);
+    }
+  }
+
+  void step_backward(const ReachInstruction& i) {
+    if (i.op == ReachOp::output) {
+      fill(at(backward_, i, 0));
+    } else if (i.op == ReachOp::join) {
+      for (size_t k = 1; k < i.values.size(); ++k) {
+        merge(at(backward_, i, k), at(backward_, i, 0).words);
+      }
+    } else if (i.op == ReachOp::conv) {
+      conv(i, at(backward_, i, 1), at(backward_, i, 0), i.transposed);
+    } else if (i.op == ReachOp::linear) {
+      Map &in = at(backward_, i, 0), &out = at(backward_, i, 1);
+      FASTPRUNE_PICK(reach_linear_back)
+      (mask_bits(i), i.rows, i.cols, i.tokens, out.words.data(), result_for(in));
+      take_result(in);
+    } else if (i.op == ReachOp::copy) {
+      copy(at(backward_, i, 1), at(backward_, i, 0));
+    } else if (i.op == ReachOp::groups) {
+      groups(i, at(backward_, i, 1), i.out_labels, at(backward_, i, 0), i.in_labels);
+    }
+  }
+
+  void count_active(const ReachInstruction& i) {
+    if (i.mask < 0) return;
+    const size_t m = static_cast<size_t>(i.mask);
+    uint64_t* active = active_[m].empty() ? nullptr : active_[m].data();
+    Map &in = at(forward_, i, 0), &out = at(backward_, i, 1);
+    if (i.op == ReachOp::linear) {
+      counts_[m] += FASTPRUNE_PICK(reach_linear_active)(mask_bits(i), i.rows, i.cols, i.tokens,
+                                                        in.words.data(), out.words.data(), active,
+                                                        scratch(2 * words_of(i.cols)));
+      return;
+    }
+    const ReachGeometry& g = i.geometry;
+    Map &large = i.transposed ? out : in, &small = i.transposed ? in : out;
+    counts_[m] += FASTPRUNE_PICK(reach_active)(
+        g, taps_of(g), mask_bits(i), large.words.data(), states(large), small.words.data(),
+        states(small), active, scratch((g.groups + 1) * words_of(g.cols())));
+  }
+
+  // f(element) for every set bit.
+  template <typename F>
+  static void for_each_set(const Map& map, const F& f) {
+    const int64_t words = words_of(map.value.bits);
+    for (int64_t p = 0; p < map.value.planes; ++p) {
+      for (int64_t w = 0; w < words; ++w) {
+        for (uint64_t left = map.words[static_cast<size_t>(p * words + w)]; left != 0;
+             left &= left - 1) {
+          f(p * map.value.bits + 64 * w + __builtin_ctzll(left));
+        }
+      }
+    }
+  }
+  void set(Map& map, int64_t element) {
+    const ReachValue& v = map.value;
+    uint64_t& word =
+        map.words[static_cast<size_t>(element / v.bits * words_of(v.bits) + element % v.bits / 64)];
+    const uint64_t bit = uint64_t{1} << element % v.bits % 64;
+    changed_ = changed_ || (word & bit) == 0;
+    word |= bit;
+    map.clear = map.known = false;
+  }
+
+  void copy(const Map& from, Map& to) {
+    for_each_set(from, [&](int64_t e) { set(to, e); });
+  }
+
+  void groups(const ReachInstruction& i, const Map& from, int64_t from_labels, Map& to,
+              int64_t to_labels) {
+    const auto labels = [&](int64_t which) {
+      return static_cast<const int32_t*>(labels_[static_cast<size_t>(which)].const_data_ptr());
+    };
+    const int32_t *of = labels(from_labels), *wanted = labels(to_labels);
+    reached_.assign(static_cast<size_t>(i.groups), 0);
+    for_each_set(from, [&](int64_t e) {
+      if (of[e] >= 0 && of[e] < i.groups) reached_[static_cast<size_t>(of[e])] = 1;
+    });
+    for (int64_t e = 0; e < to.value.elements(); ++e) {
+      const int32_t l = wanted[e];
+      if (l >= 0 && l < i.groups && reached_[static_cast<size_t>(l)] != 0) set(to, e);
+    }
+  }
+
+  struct Covers {
+    ReachGeometry geometry;
+    Words words;
+    std::vector<uint8_t> saturates;
+  };
+
+  const ReachProgram& program_;
+  const std::vector<Tensor>& labels_;
+  std::vector<Map> forward_, backward_;  // reached from an input; reaching an output
+  std::vector<Words> bits_, active_;     // of the masks
+  std::vector<int64_t> counts_;
+  std::vector<Covers> covers_;
+  Words scratch_, result_;
+  std::vector<uint8_t> reached_;
+  bool changed_ = false;
+};
+
+std::vector<Tensor> path_norm_reach_cpu(const std::vector<Tensor>& masks_in,
+                                        const std::vector<Tensor>& labels_in,
+                                        const Tensor& program_in,
+                                        const std::vector<int64_t>& inspect, bool write) {
+  const ReachProgram program = checked_program(program_in, masks_in, labels_in, inspect);
+  std::vector<Tensor> masks, labels;
+  for (size_t m = 0; m < masks_in.size(); ++m) {
+    check_cpu(masks_in[m], kOp, "masks");
+    masks.push_back(dense(masks_in[m]));
+  }
+  for (const Tensor& l : labels_in) {
+    check_cpu(l, kOp, "labels");
+    labels.push_back(dense(l));
+  }
+  Reach reach(program, masks, labels, write);
+  reach.run();
+  Tensor counts = torch::stable::new_empty(program_in, {static_cast<int64_t>(masks.size())});
+  for (size_t m = 0; m < masks.size(); ++m) {
+    static_cast<int64_t*>(counts.mutable_data_ptr())[m] = reach.count(m);
+  }
+  std::vector<Tensor> results{counts};
+  for (size_t m = 0; write && m < masks.size(); ++m) {
+    Tensor active = torch::stable::empty_like(masks[m]);
+    advise_huge_pages(active);
+    reach.write_active(m, static_cast<uint8_t*>(active.mutable_data_ptr()), active.numel());
+    results.push_back(active);
+  }
+  for (const int64_t v : inspect) {
+    for (const bool backward : {false, true}) {
+      const int64_t elements = program.values[static_cast<size_t>(v)].elements();
+      Tensor map = torch::stable::new_empty(program_in, {elements}, ScalarType::Bool);
+      reach.write_value(static_cast<size_t>(v), backward,
+                        static_cast<uint8_t*>(map.mutable_data_ptr()));
+      results.push_back(map);
+    }
+  }
+  return results;
+}
+
+}  // namespace
+}  // namespace fastprune
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
+  m.def(
+      "path_norm_reach(Tensor[] masks, Tensor[] labels, Tensor program, int[] inspect, bool write) "
+      "-> Tensor[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
+  m.impl("path_norm_reach", TORCH_BOX(&fastprune::path_norm_reach_cpu));
+}
