@@ -5,9 +5,10 @@ namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 LinearPanelWeight prepare_linear(const CudaCall& call, const PatternView& pattern, bool transposed,
                                  const PatternView* match, const Tensor& weight, int64_t batch,
                                  const char* op) {
-  const LinearTile tile = linear_tile(pattern, dtype_of(weight, op, "weight"), batch, call.limits());
-  return LinearPanelWeight{
-      prepare_panel(call, pattern, transposed, match, weight, tile.layout, op), tile};
+  const LinearTile tile =
+      linear_tile(pattern, dtype_of(weight, op, "weight"), batch, call.limits());
+  return LinearPanelWeight{prepare_panel(call, pattern, transposed, match, weight, tile.layout, op),
+                           tile};
 }
 
 Tensor linear_product(const CudaCall& call, const LinearPanelWeight& weight, const Tensor& x_in,
@@ -44,9 +45,10 @@ Tensor linear_weight_grad(const CudaCall& call, const PatternView& pattern, cons
 
 namespace {
 
-Tensor masked_linear_cuda(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias_in,
-                          const Tensor& row_ptr, const Tensor& offset, const Tensor&, const Tensor&,
-                          int64_t block_depth, int64_t transposed_block_depth, bool) {
+Tensor masked_linear_cuda(const Tensor& x, const Tensor& weight,
+                          const std::optional<Tensor>& bias_in, const Tensor& row_ptr,
+                          const Tensor& offset, const Tensor&, const Tensor&, int64_t block_depth,
+                          int64_t transposed_block_depth, bool) {
   const char* op = "masked_linear";
   const MaskedLinearCall c =
       validate_masked_linear(x, "x", weight, block_depth, transposed_block_depth, false, op);

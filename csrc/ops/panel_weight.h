@@ -31,7 +31,8 @@ inline PanelWeight prepare_panel(const CudaCall& call, const PatternView& patter
     STD_TORCH_CHECK(match->nnz == pattern.nnz, op, ": transposed_offset: expected the ", match->nnz,
                     " entries of offset, got ", pattern.nnz);
   }
-  const int64_t bytes = checked_product(panel_entries(pattern, layout), panel_entry_bytes(dtype), op);
+  const int64_t bytes =
+      checked_product(panel_entries(pattern, layout), panel_entry_bytes(dtype), op);
   PanelWeight made{
       pattern, torch::stable::new_empty(weight, {bytes}, ScalarType::Byte),
       torch::stable::new_empty(weight, {2 * panel_bounds(pattern, layout)}, ScalarType::Int),

@@ -20,14 +20,15 @@ Tensor apply_mask_cuda(const Tensor& values_in, const Tensor& mask_in) {
   const CudaCall call(values_in, op);
   const Tensor values = dense(values_in), mask = dense(mask_in);
   Tensor out = torch::stable::empty_like(values);
-  check_launch(apply_mask(dtype, values.const_data_ptr(),
-                          static_cast<const uint8_t*>(mask.const_data_ptr()),
-                          out.mutable_data_ptr(), values.numel(), call.limits(), call.stream()),
-               op);
+  check_launch(
+      apply_mask(dtype, values.const_data_ptr(), static_cast<const uint8_t*>(mask.const_data_ptr()),
+                 out.mutable_data_ptr(), values.numel(), call.limits(), call.stream()),
+      op);
   return out;
 }
 
-// The number of entries sizes the result: it is waited for, so this op cannot be captured in a graph.
+// The number of entries sizes the result: it is waited for, so this op cannot be captured in a
+// graph.
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack_pattern_cuda(const Tensor& mask_in, int64_t groups,
                                                              int64_t taps, int64_t block_depth,
                                                              int64_t transposed_block_depth) {

@@ -37,8 +37,8 @@ __device__ __forceinline__ void load_panel(const PanelLinearArgs& a, int64_t fir
   const S* x = static_cast<const S*>(a.x);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   constexpr int row_bytes = 32 * C * static_cast<int>(sizeof(T)), column_blocks = 8 * C;
-  const bool wide = a.depth % 4 == 0 && first_k % 4 == 0 &&
-                    reinterpret_cast<uintptr_t>(x) % sizeof(Quad<S>) == 0;
+  const bool wide =
+      a.depth % 4 == 0 && first_k % 4 == 0 && reinterpret_cast<uintptr_t>(x) % sizeof(Quad<S>) == 0;
   const int units = column_blocks * ((depth + 31) / 32);
 #pragma unroll 2
   for (int u = warp; u < units; u += kPanelWarps) {
@@ -135,12 +135,13 @@ cudaError_t run_product(const PanelLinearArgs& a, const DeviceLimits& limits, cu
     row_blocks = (a.rows + kPanelWarps * rows - 1) / (kPanelWarps * rows);
     if (rows == 2 || tiles * row_blocks >= 2 * limits.multiprocessors) break;
   }
-  if (tiles > 2147483647 / row_blocks || a.blocks > 2147483647 / a.tile.layout.panels) return cudaErrorInvalidValue;
+  if (tiles > 2147483647 / row_blocks || a.blocks > 2147483647 / a.tile.layout.panels)
+    return cudaErrorInvalidValue;
   const size_t panel = static_cast<size_t>(a.tile.layout.depth * a.tile.layout.plane) * sizeof(T);
   const size_t stage = size_t{32} * C * kStagePitch * sizeof(T);
   return launch(product_kernel<S, C, R>, dim3(static_cast<unsigned>(tiles * row_blocks)),
-                dim3(kPanelThreads), sizeof(WarpRows<R>) + (panel > stage ? panel : stage), stream, a,
-                rows, static_cast<unsigned>(row_blocks));
+                dim3(kPanelThreads), sizeof(WarpRows<R>) + (panel > stage ? panel : stage), stream,
+                a, rows, static_cast<unsigned>(row_blocks));
 }
 
 template <typename S>

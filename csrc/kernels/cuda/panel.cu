@@ -41,7 +41,8 @@ __device__ Place place_entry(const PanelWeightArgs& a, int64_t channel, int64_t 
 }
 
 // Whether the forward pattern holds the entry at `offset` of row `row` in block `block`.
-__device__ bool forward_holds(const PanelWeightArgs& a, int64_t block, int64_t row, int64_t offset) {
+__device__ bool forward_holds(const PanelWeightArgs& a, int64_t block, int64_t row,
+                              int64_t offset) {
   const int64_t at = block * (a.pattern.groups * a.pattern.depth) + row;
   int64_t low = a.forward_row_ptr[at], end = a.forward_row_ptr[at + 1];
   if (low < 0 || end > a.pattern.nnz) return false;

@@ -1,10 +1,10 @@
 // The inner loop of the CUDA-core products: entries against a panel in shared memory, and what a
 // block of threads shares in doing so. For panel.h.
 //
-// A warp owns up to R rows, a lane C columns of the tile (batch entries, or output pixels); the sums
-// stay in registers over all panels. Per entry: half a 16-byte load of entries, that all lanes share;
-// one addition of the lane's place; C / 4 wide loads from shared memory; C FMAs. Shared memory,
-// 128 bytes per clock, is the bound.
+// A warp owns up to R rows, a lane C columns of the tile (batch entries, or output pixels); the
+// sums stay in registers over all panels. Per entry: half a 16-byte load of entries, that all lanes
+// share; one addition of the lane's place; C / 4 wide loads from shared memory; C FMAs. Shared
+// memory, 128 bytes per clock, is the bound.
 #pragma once
 
 #include "kernels/cuda/panel.h"
@@ -68,8 +68,8 @@ __device__ __forceinline__ T load_element(DType dtype, const void* from, int64_t
   }
 }
 
-// Result i, finished: rounded, then the residual added and rounded, then ReLU, as the separate layers
-// would. A NaN stays.
+// Result i, finished: rounded, then the residual added and rounded, then ReLU, as the separate
+// layers would. A NaN stays.
 template <typename S>
 __device__ __forceinline__ void finish(Accumulator<S> sum, void* to, const void* residual,
                                        bool relu, int64_t i) {
@@ -110,8 +110,8 @@ struct alignas(16) WarpRows {
   }
 
   // The bounds of a part. Returns whether any row of the block has entries in it: panel and all of
-  // the others are skipped. Past it, nobody reads the panel before. Two marks in turn: a warp can be
-  // one part ahead of another that still reads.
+  // the others are skipped. Past it, nobody reads the panel before. Two marks in turn: a warp can
+  // be one part ahead of another that still reads.
   __device__ bool enter(int part, const uint2* bounds) {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     __syncwarp();

@@ -1,5 +1,5 @@
-// A weight as the CUDA-core products read it: entries in the order of a pattern, each with its value
-// and its place in a panel of activations in shared memory.
+// A weight as the CUDA-core products read it: entries in the order of a pattern, each with its
+// value and its place in a panel of activations in shared memory.
 #pragma once
 
 #include "kernels/cpu/pattern.h"

@@ -41,8 +41,7 @@ __device__ void for_each_transposed(const PackArgs& a, int64_t segment, const F&
   const int64_t b = segment / t.rows, row = segment - b * t.rows;
   const int64_t per_group = t.rows / t.groups, group = row / per_group;
   const int64_t first_out = group * t.depth + b * t.block_depth;
-  const uint8_t* mask =
-      a.mask + first_out * a.forward.cols() + (row - group * per_group) * t.taps;
+  const uint8_t* mask = a.mask + first_out * a.forward.cols() + (row - group * per_group) * t.taps;
   for (int64_t k = 0; k < t.depth_of(b); ++k, mask += a.forward.cols()) {
     for (int64_t tap = 0; tap < t.taps; ++tap) {
       if (mask[tap] != 0) f(k * t.taps + tap);
@@ -98,9 +97,8 @@ __global__ void write_kernel(PackArgs a) {
       },
       [&](int64_t segment) {
         int64_t at = a.transposed_row_ptr[segment];
-        for_each_transposed(a, segment, [&](int64_t i) {
-          a.transposed_offset[at++] = static_cast<int16_t>(i);
-        });
+        for_each_transposed(
+            a, segment, [&](int64_t i) { a.transposed_offset[at++] = static_cast<int16_t>(i); });
       });
 }
 
@@ -230,13 +228,14 @@ int64_t pack_scratch(const PatternView& forward, const PatternView& transposed) 
 }
 
 cudaError_t count_entries(const PackArgs& a, const DeviceLimits& limits, cudaStream_t stream) {
-  cudaError_t error = launch(count_kernel, dim3(segment_blocks(a, limits)), dim3(kThreads), 0,
-                             stream, a);
+  cudaError_t error =
+      launch(count_kernel, dim3(segment_blocks(a, limits)), dim3(kThreads), 0, stream, a);
   if (error != cudaSuccess) return error;
   const int64_t n = a.forward.blocks() * a.forward.rows;
   const int64_t n_t = a.transposed.blocks() * a.transposed.rows;
   const int64_t chunks = chunks_of(a.forward), chunks_t = chunks_of(a.transposed);
-  const BothBounds both{{{a.row_ptr, n, a.scratch}, {a.transposed_row_ptr, n_t, a.scratch + chunks}}};
+  const BothBounds both{
+      {{a.row_ptr, n, a.scratch}, {a.transposed_row_ptr, n_t, a.scratch + chunks}}};
   const int64_t most = chunks > chunks_t ? chunks : chunks_t;
   if (most > 2147483647) return cudaErrorInvalidValue;
   const size_t shared = kWarps * sizeof(int64_t);
