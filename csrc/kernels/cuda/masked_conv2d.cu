@@ -33,7 +33,7 @@ __host__ __device__ inline TilePlace place_tile(const PanelConvArgs& a, int64_t 
 template <int C>
 struct Pixels {
   int64_t target[32 * C];  // element of the target's first channel, by [pixel of the lane][lane]
-  int32_t place[32 * C];   // element of the panel's first channel; -1: no pixel
+  int32_t place[32 * C];   // bytes into the panel; -1: no pixel
   int64_t spare_target[32 * C];
   int32_t spare_place[32 * C];
   int32_t found[32];
@@ -43,7 +43,8 @@ struct Pixels {
 // that a warp's loads meet no bank twice; a constant distance, a kernel position, changes nothing
 // about that. What a bank has too much of goes to lanes with room. By one warp.
 template <int C>
-__device__ void place_pixels(const PanelConvArgs& a, const TilePlace& t, Pixels<C>* pixels) {
+__device__ void place_pixels(const PanelConvArgs& a, const TilePlace& t, int element_bytes,
+                             Pixels<C>* pixels) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   int mine = 0, spare = 0;  // pixels of this lane's bank; pixels without a lane
   for (int i = 0; i < C; ++i) pixels->place[32 * i + lane] = -1;
@@ -67,13 +68,13 @@ __device__ void place_pixels(const PanelConvArgs& a, const TilePlace& t, Pixels<
     mine += pixels->found[lane];
     const bool placed = there && slot < C;
     if (placed) {
-      pixels->place[32 * slot + bank] = place;
+      pixels->place[32 * slot + bank] = place * element_bytes;
       pixels->target[32 * slot + bank] = target;
     }
     const unsigned left = __ballot_sync(kAll, there && !placed);
     if (there && !placed) {
       const int at = spare + __popc(left & ((1u << lane) - 1));
-      pixels->spare_place[at] = place;
+      pixels->spare_place[at] = place * element_bytes;
       pixels->spare_target[at] = target;
     }
     spare += __popc(left);
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kPanelThreads, sizeof(S) == 8 ? 1 : 2)
     const int64_t windows = (a.rows / a.groups + kPanelWindow - 1) / kPanelWindow;
     const int64_t group = rest % a.groups;
     const TilePlace t = place_tile(a, rest / a.groups);
-    if (warp == 0) place_pixels<C>(a, t, &shared.pixels);
+    if (warp == 0) place_pixels<C>(a, t, static_cast<int>(sizeof(T)), &shared.pixels);
     if (l.tap_groups() == 1) index_source(a, t, 0, from);
     shared.rows.start(a.weight.order, group * windows + row_block * (rows / 2),
                       (group + 1) * windows, rows, rest);
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kPanelThreads, sizeof(S) == 8 ? 1 : 2)
     const int32_t place = shared.pixels.place[32 * c + lane];
     const unsigned there = __ballot_sync(kAll, place >= 0);
     const int32_t other = __shfl_sync(kAll, place, there == 0 ? 0 : __ffs(there) - 1);
-    pixels.pixel[c] = (place >= 0 ? place : other >= 0 ? other : 0) * static_cast<int>(sizeof(T));
+    pixels.pixel[c] = place >= 0 ? place : other >= 0 ? other : 0;
   }
 
   T sum[R][C] = {};
