@@ -1,28 +1,30 @@
 // The ops that take a plan instead of a raw pattern: what eager calls use. `version` counts the
-// weight's changes in place, -1 when that is unknown; `layout` is one of ops/product.h.
+// weight's changes in place, -1 when that is unknown; `layout` is one of ops/product.h;
+// `tf32` allows GPUs to round the factors of float32 products, as torch's flag does.
 #include <vector>
 
 #include "ops/conv_products.h"
 #include "ops/masked_linear.h"
 
 namespace fastprune {
-namespace {
 
-Layout checked_layout(int64_t layout, const char* op) {
+Layout check_layout(int64_t layout, const char* op) {
   STD_TORCH_CHECK(layout >= 0 && layout <= 2, op, ": layout: expected 0, 1 or 2, got ", layout);
   return static_cast<Layout>(layout);
 }
 
 void check_residual(const std::optional<Tensor>& residual, const std::vector<int64_t>& sizes,
-                    ScalarType dtype, const char* op) {
+                    const Tensor& x, const char* op) {
   if (!residual.has_value()) return;
-  check_cpu(*residual, op, "residual");
-  check_dtype(*residual, dtype, op, "residual");
+  check_same_device(*residual, x, op, "residual", "x");
+  check_dtype(*residual, x.scalar_type(), op, "residual");
   check_dim(*residual, static_cast<int64_t>(sizes.size()), op, "residual");
   for (size_t i = 0; i < sizes.size(); ++i) {
     check_size(*residual, static_cast<int64_t>(i), sizes[i], op, "residual");
   }
 }
+
+namespace {
 
 // A plan's side of a product; holds what must outlive it.
 struct Planned {
@@ -60,19 +62,19 @@ struct Planned {
 
 Tensor planned_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                       int64_t plan, int64_t version, const std::optional<Tensor>& residual,
-                      bool relu, int64_t layout) {
+                      bool relu, int64_t layout, bool) {
   const char* op = "planned_linear";
   const MaskedLinearCall call = validate_masked_linear(x, "x", weight, 1, 1, false, op);
   const Planned planned(plan, call.shape, weight, version, op);
-  check_residual(residual, {call.batch, call.shape.rows}, x.scalar_type(), op);
+  check_residual(residual, {call.batch, call.shape.rows}, x, op);
   return linear_product(
       planned.weight, false, call.dtype, x,
-      Epilogue{checked_bias(bias, call.shape.rows, x.scalar_type(), op), residual, relu},
-      checked_layout(layout, op));
+      Epilogue{checked_bias(bias, call.shape.rows, x, op), residual, relu},
+      check_layout(layout, op));
 }
 
 Tensor planned_linear_input_grad(const Tensor& grad, const Tensor& weight, int64_t plan,
-                                 int64_t version) {
+                                 int64_t version, bool) {
   const char* op = "planned_linear_input_grad";
   const MaskedLinearCall call = validate_masked_linear(grad, "grad", weight, 1, 1, true, op);
   const Planned planned(plan, call.shape, weight, version, op);
@@ -100,15 +102,6 @@ MaskedConv2dCall conv_call(const Tensor& typed, Pair x_sizes, Pair weight_sizes,
                                 1, op);
 }
 
-void check_conv_grad(const Tensor& grad, const MaskedConv2dCall& c, const char* op) {
-  check_cpu(grad, op, "grad");
-  check_dim(grad, 4, op, "grad");
-  check_size(grad, 0, c.batch, op, "grad");
-  check_size(grad, 1, c.shape.rows, op, "grad");
-  check_size(grad, 2, c.out_height, op, "grad");
-  check_size(grad, 3, c.out_width, op, "grad");
-}
-
 Tensor planned_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                       int64_t plan, int64_t version, std::vector<int64_t> stride,
                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
@@ -120,11 +113,11 @@ Tensor planned_conv2d(const Tensor& x, const Tensor& weight, const std::optional
   const MaskedConv2dCall c =
       conv_call(x, x.sizes(), weight.sizes(), stride, padding, dilation, groups, op);
   const Planned planned(plan, c.shape, false, &weight, version, op);
-  check_residual(residual, {c.batch, c.shape.rows, c.out_height, c.out_width}, x.scalar_type(), op);
+  check_residual(residual, {c.batch, c.shape.rows, c.out_height, c.out_width}, x, op);
   return conv_forward(
       c, planned.weight, x,
-      Epilogue{checked_bias(bias, c.shape.rows, x.scalar_type(), op), residual, relu},
-      checked_layout(layout, op));
+      Epilogue{checked_bias(bias, c.shape.rows, x, op), residual, relu},
+      check_layout(layout, op));
 }
 
 Tensor planned_conv2d_input_grad(const Tensor& grad, const Tensor& weight, int64_t plan,
@@ -136,7 +129,7 @@ Tensor planned_conv2d_input_grad(const Tensor& grad, const Tensor& weight, int64
   check_dtype(weight, grad.scalar_type(), op, "weight");
   const MaskedConv2dCall c =
       conv_call(grad, x_sizes, weight.sizes(), stride, padding, dilation, groups, op);
-  check_conv_grad(grad, c, op);
+  check_output_grad(grad, c, op);
   const Planned planned(plan, c.shape, true, &weight, version, op);
   return conv_input_grad(c, planned.weight, grad, Layout::like_input);
 }
@@ -150,7 +143,7 @@ Tensor planned_conv2d_weight_grad(const Tensor& grad, const Tensor& x, int64_t p
   check_dtype(grad, x.scalar_type(), op, "grad");
   const MaskedConv2dCall c =
       conv_call(x, x.sizes(), weight_sizes, stride, padding, dilation, groups, op);
-  check_conv_grad(grad, c, op);
+  check_output_grad(grad, c, op);
   const Planned planned(plan, c.shape, false, nullptr, -1, op);
   return conv_weight_grad(c, planned.weight, grad, x);
 }
@@ -161,8 +154,10 @@ Tensor planned_conv2d_weight_grad(const Tensor& grad, const Tensor& x, int64_t p
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
   m.def(
       "planned_linear(Tensor x, Tensor weight, Tensor? bias, int plan, int version, "
-      "Tensor? residual, bool relu, int layout) -> Tensor");
-  m.def("planned_linear_input_grad(Tensor grad, Tensor weight, int plan, int version) -> Tensor");
+      "Tensor? residual, bool relu, int layout, bool tf32=False) -> Tensor");
+  m.def(
+      "planned_linear_input_grad(Tensor grad, Tensor weight, int plan, int version, "
+      "bool tf32=False) -> Tensor");
   m.def("planned_linear_weight_grad(Tensor grad, Tensor x, int plan) -> Tensor");
   m.def(
       "planned_conv2d(Tensor x, Tensor weight, Tensor? bias, int plan, int version, int[] stride, "

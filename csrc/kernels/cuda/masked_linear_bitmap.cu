@@ -1,0 +1,449 @@
+#include "kernels/cuda/masked_linear_bitmap.h"
+
+#include "kernels/cuda/exact.h"
+#include "kernels/cuda/warp.h"
+
+namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // one strip per warp
+constexpr int kGroupElements = static_cast<int>(kStripRows * kGroupCols);
+constexpr int64_t kTargetBlocks = 264;  // two for each of 132 multiprocessors
+constexpr int64_t kLeastGroups = 8;     // of a split
+
+// Bytes of x4 that count the bits of each byte of the word.
+__device__ __forceinline__ uint32_t byte_counts(uint32_t word) {
+  word -= word >> 1 & 0x55555555u;
+  word = (word & 0x33333333u) + (word >> 2 & 0x33333333u);
+  return (word + (word >> 4)) & 0x0f0f0f0fu;
+}
+
+// Where a lane's values begin in each of a group's four tiles, in values from the group's first.
+struct GroupStarts {
+  int at[4];
+};
+__device__ __forceinline__ GroupStarts group_starts(uint32_t word) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const uint32_t counts = byte_counts(word);
+  // Before a lane stand at most 31 * 8 = 248 values of a tile: a byte. All lanes may hold 256.
+  uint32_t before = __shfl_up_sync(kAllLanes, counts, 1);
+  if (lane == 0) before = 0;
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, before, static_cast<unsigned>(o));
+    if (lane >= o) before += other;
+  }
+  const uint32_t last = __shfl_sync(kAllLanes, before, 31);
+  const uint32_t last_counts = __shfl_sync(kAllLanes, counts, 31);
+  GroupStarts starts;
+  int tile = 0;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    starts.at[q] = tile + static_cast<int>(before >> (8 * q) & 255u);
+    tile += static_cast<int>((last >> (8 * q) & 255u) + (last_counts >> (8 * q) & 255u));
+  }
+  return starts;
+}
+
+// A warp per group.
+__global__ void words_kernel(BitMatrix mask, int64_t strips, int64_t groups, bool tf32,
+                             uint32_t* words, uint32_t* counts) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (i >= strips * groups) return;
+  const int64_t row_words = (mask.cols + 31) / 32;
+  uint32_t word = 0;
+  for (int e = 0; e < 32; ++e) {
+    const TilePlace place = tile_place(lane, e % 8, tf32);
+    const int64_t r = i / groups * kStripRows + place.row;
+    const int64_t c = i % groups * kGroupCols + e / 8 * 16 + place.col;
+    if (r < mask.rows && c < mask.cols) {
+      word |= (mask.words[r * row_words + c / 32] >> (c % 32) & 1u) << e;
+    }
+  }
+  words[i * 32 + lane] = word;
+  const unsigned count = __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(word)));
+  if (lane == 0) counts[i] = count;
+}
+
+template <typename T>
+__device__ __forceinline__ T kept_value(T x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ float kept_value<float>(float x) {
+  return __uint_as_float(to_tf32(x));
+}
+
+// A warp per group.
+template <typename T>
+__global__ void values_kernel(TilesView w, int64_t strips, int64_t groups, const T* weight,
+                              int64_t row_stride, int64_t col_stride, T* values) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+       i < strips * groups; i += step) {
+    const uint32_t word = w.words[i * 32 + lane];
+    const GroupStarts starts = group_starts(word);
+    T* to = values + w.start[i];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      int at = starts.at[q];
+      for (int e = 0; e < 8; ++e) {
+        if ((word >> (8 * q + e) & 1u) == 0) continue;
+        const TilePlace place = tile_place(lane, e, sizeof(T) == 4);
+        const int64_t r = i / groups * kStripRows + place.row;
+        const int64_t c = i % groups * kGroupCols + 16 * q + place.col;
+        to[at++] = kept_value(weight[r * row_stride + c * col_stride]);
+      }
+    }
+  }
+}
+
+// What a block keeps in shared memory: a ring of stages, each one group of columns.
+template <typename T, int NT>
+struct Stages {
+  static constexpr int kCount = sizeof(T) == 2 ? 4 : 3;
+  static constexpr int kBatch = 8 * NT;
+  // Rows of x lie 16 bytes apart in the banks, so that fragments are read without conflicts.
+  static constexpr int kPitch = static_cast<int>(kGroupCols) + 16 / static_cast<int>(sizeof(T));
+  static constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
+  static constexpr int kPieces = kBatch * static_cast<int>(kGroupCols) / kPerPiece;
+  // A dense group, and what copies of 16 aligned bytes bring before and behind it.
+  static constexpr int kValues = kGroupElements + 2 * kPerPiece;
+  static constexpr int kXBytes = kCount * kBatch * kPitch * static_cast<int>(sizeof(T));
+  static constexpr int kValueBytes = kCount * kWarps * kValues * static_cast<int>(sizeof(T));
+  static constexpr int kWordBytes = kCount * kWarps * 32 * 4;
+  static constexpr int kBytes =
+      kXBytes + kValueBytes + kWordBytes + (kCount * kWarps + kBatch) * 4;
+};
+
+// Copies one 16-byte piece of a stage of x: 8 or 4 columns of one activation row, zeros outside.
+template <typename T, int NT>
+__device__ __forceinline__ void copy_piece(const T* x, int64_t cols, int64_t col, bool row_exists,
+                                           bool aligned, T* to) {
+  using S = Stages<T, NT>;
+  const int64_t left = cols - col;
+  const int n = !row_exists || left <= 0 ? 0 : left < S::kPerPiece ? static_cast<int>(left)
+                                                                   : S::kPerPiece;
+  if (aligned) {
+    copy_async<16>(to, n == 0 ? x : x + col, n * static_cast<int>(sizeof(T)));
+  } else {
+    for (int i = 0; i < S::kPerPiece; ++i) to[i] = i < n ? x[col + i] : T{};
+  }
+}
+
+// A lane's elements of a tile: four registers of a fragment of 16-bit elements, or eight of two
+// fragments of tf32.
+template <typename T>
+__device__ __forceinline__ void decode(uint32_t bits, const T* values, uint32_t* a) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      uint32_t low = 0, high = 0;
+      if ((bits >> (2 * r) & 1u) != 0) low = (values++)->bits;
+      if ((bits >> (2 * r + 1) & 1u) != 0) high = (values++)->bits;
+      a[r] = low | high << 16;
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      float value = 0;
+      if ((bits >> e & 1u) != 0) value = *values++;
+      a[e] = __float_as_uint(value);
+    }
+  }
+}
+
+template <typename T, int NT>
+__device__ __forceinline__ void multiply_tile(const uint32_t* a, const T* x, int tile,
+                                              float (&sum)[NT][4]) {
+  using S = Stages<T, NT>;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t fragment[4] = {a[0], a[1], a[2], a[3]};
+    if constexpr (NT == 1) {
+      uint32_t b[2];
+      load_matrices<T, false, 2>(b, x + lane % 8 * S::kPitch + 16 * tile + 8 * (lane / 8 % 2));
+      multiply_fragments<T>(sum[0], fragment, b);
+    } else {
+#pragma unroll
+      for (int j = 0; j < NT; j += 2) {
+        uint32_t b[4];
+        const int row = 8 * (j + lane / 16) + lane % 8;
+        load_matrices<T, false, 4>(b, x + row * S::kPitch + 16 * tile + 8 * (lane / 8 % 2));
+        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+        multiply_fragments<T>(sum[j], fragment, first);
+        multiply_fragments<T>(sum[j + 1], fragment, second);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t fragment[4] = {a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3]};
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+        const T* at = x + (8 * j + lane / 4) * S::kPitch + 16 * tile + 8 * h + lane % 4;
+        const uint32_t b[2] = {to_tf32(at[0]), to_tf32(at[4])};
+        multiply_fragments_tf32(sum[j], fragment, b);
+      }
+    }
+  }
+}
+
+// Blocks: (kWarps strips) x (splits of the groups) x (8 NT activation rows). Writes partial sums,
+// [split][strip row][activation row]; blocks of the first strips also look for what is not finite.
+template <typename T, int NT>
+__global__ void __launch_bounds__(kThreads)
+    product_kernel(TilesView w, int64_t strips, int64_t groups, const T* values, const T* x,
+                   int64_t batch, float* partial, uint32_t* flags) {
+  using S = Stages<T, NT>;
+  auto* xs = shared_memory<T>();
+  T* all_values = xs + S::kXBytes / sizeof(T);
+  auto* all_words = reinterpret_cast<uint32_t*>(all_values + S::kValueBytes / sizeof(T));
+  // Values of a group before the first one of a stage: the copies are aligned, it is not.
+  auto* skews = reinterpret_cast<int*>(all_words + S::kWordBytes / 4);  // kCount * kWarps
+  auto* found = reinterpret_cast<uint32_t*>(skews + S::kCount * kWarps);  // kBatch
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int64_t strip = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  const bool exists = strip < strips;
+  const int64_t first = groups * blockIdx.y / gridDim.y, end = groups * (blockIdx.y + 1) / gridDim.y;
+  const int64_t batch_begin = static_cast<int64_t>(blockIdx.z) * S::kBatch;
+  const bool aligned =
+      w.cols % S::kPerPiece == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const bool looks = blockIdx.x == 0;
+  if (looks) {
+    if (threadIdx.x < S::kBatch) found[threadIdx.x] = 0;
+    __syncthreads();
+  }
+  // Lane i holds the first value of group i, counted from the last multiple of 32 groups.
+  const int64_t* start = w.start + strip * groups;
+  int64_t starts = 0, next_starts = 0;
+  if (exists) {
+    starts = start[first + lane < groups ? first + lane : groups];
+    next_starts = start[first + 32 + lane < groups ? first + 32 + lane : groups];
+  }
+  const auto issue = [&](int64_t g) {  // g - first counts up from 0
+    const int slot = static_cast<int>((g - first) % S::kCount);
+    if (g < end) {
+      for (int p = static_cast<int>(threadIdx.x); p < S::kPieces; p += kThreads) {
+        constexpr int kAcross = static_cast<int>(kGroupCols) / S::kPerPiece;
+        const int row = p / kAcross, col = p % kAcross * S::kPerPiece;
+        const bool row_exists = batch_begin + row < batch;
+        copy_piece<T, NT>(row_exists ? x + (batch_begin + row) * w.cols : x, w.cols,
+                          g * kGroupCols + col, row_exists, aligned,
+                          xs + (slot * S::kBatch + row) * S::kPitch + col);
+      }
+      if (exists) {
+        const int i = static_cast<int>((g - first) % 32);
+        const int64_t from = __shfl_sync(kAllLanes, starts, i);
+        const int64_t after = __shfl_sync(kAllLanes, i == 31 ? next_starts : starts, (i + 1) % 32);
+        T* to = all_values + (slot * kWarps + warp) * S::kValues;
+        const int64_t begin = from / S::kPerPiece * S::kPerPiece;
+        if (lane == 0) skews[slot * kWarps + warp] = static_cast<int>(from - begin);
+        for (int64_t v = begin + lane * S::kPerPiece; v < after; v += 32 * S::kPerPiece) {
+          copy_async<16>(to + (v - begin), values + v);
+        }
+        copy_async<4>(all_words + (slot * kWarps + warp) * 32 + lane,
+                      w.words + (strip * groups + g) * 32 + lane);
+        if (i == 31) {
+          starts = next_starts;
+          const int64_t next = g + 33 + lane;
+          next_starts = start[next < groups ? next : groups];
+        }
+      }
+    }
+    commit_copies();
+  };
+  float sum[NT][4] = {};
+  for (int i = 0; i < S::kCount - 1; ++i) issue(first + i);
+  for (int64_t g = first; g < end; ++g) {
+    const int slot = static_cast<int>((g - first) % S::kCount);
+    wait_for_copies<S::kCount - 2>();
+    if (looks) {
+      for (int p = static_cast<int>(threadIdx.x); p < S::kPieces; p += kThreads) {  // its own
+        constexpr int kAcross = static_cast<int>(kGroupCols) / S::kPerPiece;
+        const int row = p / kAcross, col = p % kAcross * S::kPerPiece;
+        const T* at = xs + (slot * S::kBatch + row) * S::kPitch + col;
+        bool bad = false;
+        for (int i = 0; i < S::kPerPiece; ++i) bad = bad || not_finite(at[i]);
+        if (bad) atomicOr(&found[row], 1u);
+      }
+    }
+    __syncthreads();  // copies of this stage are there; all are done with the stage before
+    issue(g + S::kCount - 1);
+    if (!exists) continue;
+    const uint32_t word = all_words[(slot * kWarps + warp) * 32 + lane];
+    const GroupStarts at = group_starts(word);
+    const T* mine =
+        all_values + (slot * kWarps + warp) * S::kValues + skews[slot * kWarps + warp];
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      uint32_t a[sizeof(T) == 2 ? 4 : 8];
+      decode(word >> (8 * q) & 255u, mine + at.at[q], a);
+      multiply_tile<T, NT>(a, xs + slot * S::kBatch * S::kPitch, q, sum);
+    }
+  }
+  wait_for_copies<0>();
+  if (exists) {
+    const int64_t width = static_cast<int64_t>(gridDim.z) * S::kBatch;
+    float* to = partial + (blockIdx.y * strips + strip) * kStripRows * width + batch_begin;
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int j = 0; j < NT; ++j) {
+      *reinterpret_cast<float2*>(to + g * width + 8 * j + 2 * t) =
+          make_float2(sum[j][0], sum[j][1]);
+      *reinterpret_cast<float2*>(to + (g + 8) * width + 8 * j + 2 * t) =
+          make_float2(sum[j][2], sum[j][3]);
+    }
+  }
+  if (looks) {
+    __syncthreads();
+    if (threadIdx.x < S::kBatch) {
+      flags[blockIdx.y * gridDim.z * S::kBatch + batch_begin + threadIdx.x] = found[threadIdx.x];
+    }
+  }
+}
+
+// Adds the splits in order and finishes; a lane per row of the weight, a block row per four
+// activation rows.
+template <typename T>
+__global__ void finish_kernel(ExactRows e, Finish f, const float* partial, const uint32_t* flags,
+                              int64_t splits, int64_t strip_rows, int64_t width, T* y) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t rows = e.transposed ? e.mask.cols : e.mask.rows;
+  const int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x - lane;
+  const int64_t row = base + lane, n0 = 4 * static_cast<int64_t>(blockIdx.y);
+  float sum[4] = {};
+  uint32_t flagged = 0;
+  for (int64_t s = 0; s < splits; ++s) {
+    for (int i = 0; i < 4; ++i) {
+      if (flags[s * width + n0 + i] != 0) flagged |= 1u << i;
+    }
+    if (row >= rows) continue;
+    const float4 part =
+        *reinterpret_cast<const float4*>(partial + (s * strip_rows + row) * width + n0);
+    sum[0] += part.x;
+    sum[1] += part.y;
+    sum[2] += part.z;
+    sum[3] += part.w;
+  }
+  const T* residual = static_cast<const T*>(f.residual);
+  for (int i = 0; i < 4 && n0 + i < e.batch; ++i) {
+    if ((flagged >> i & 1u) != 0) {
+      for (int j = 0; j < 32 && base + j < rows; ++j) {
+        const float exact = exact_element<T>(e, n0 + i, base + j);
+        if (j == lane) sum[i] = exact;
+      }
+    }
+    if (row >= rows) continue;
+    if (f.bias != nullptr) sum[i] += widen(static_cast<const T*>(f.bias)[row]);
+    const int64_t at = (n0 + i) * rows + row;
+    finish(sum[i], y + at, residual == nullptr ? nullptr : residual + at, f.relu);
+  }
+}
+
+template <typename T, int NT>
+cudaError_t product(const TilesArgs& a, const TilesCut& cut, cudaStream_t stream) {
+  const TilesView& w = a.weight;
+  cudaError_t error =
+      launch(product_kernel<T, NT>,
+             dim3(static_cast<unsigned>(cut.row_blocks), static_cast<unsigned>(cut.splits),
+                  static_cast<unsigned>(cut.batch_blocks)),
+             dim3(kThreads), static_cast<size_t>(Stages<T, NT>::kBytes), stream, w, w.strips(),
+             w.groups(), static_cast<const T*>(a.values), static_cast<const T*>(a.exact.x),
+             a.exact.batch, a.partial, a.flags);
+  if (error != cudaSuccess) return error;
+  return launch(finish_kernel<T>,
+                dim3(static_cast<unsigned>((w.rows + kThreads - 1) / kThreads),
+                     static_cast<unsigned>((a.exact.batch + 3) / 4)),
+                dim3(kThreads), 0, stream, a.exact, a.finish, a.partial, a.flags, cut.splits,
+                w.strips() * kStripRows, cut.batch_blocks * Stages<T, NT>::kBatch,
+                static_cast<T*>(a.y));
+}
+
+template <typename T>
+cudaError_t product_of(const TilesArgs& a, cudaStream_t stream) {
+  const TilesCut cut = tiles_cut(a.weight, a.exact.batch);
+  return cut.columns == 1   ? product<T, 1>(a, cut, stream)
+         : cut.columns == 2 ? product<T, 2>(a, cut, stream)
+         : cut.columns == 4 ? product<T, 4>(a, cut, stream)
+                            : product<T, 8>(a, cut, stream);
+}
+
+template <typename T>
+int64_t bytes_for(int columns) {
+  return columns == 1   ? Stages<T, 1>::kBytes
+         : columns == 2 ? Stages<T, 2>::kBytes
+         : columns == 4 ? Stages<T, 4>::kBytes
+                        : Stages<T, 8>::kBytes;
+}
+
+int columns_for(int64_t batch) { return batch <= 8 ? 1 : batch <= 16 ? 2 : batch <= 32 ? 4 : 8; }
+
+}  // namespace
+
+TilesCut tiles_cut(const TilesView& view, int64_t batch) {
+  TilesCut cut;
+  cut.columns = columns_for(batch);
+  cut.row_blocks = (view.strips() + kWarps - 1) / kWarps;
+  cut.batch_blocks = (batch + 8 * cut.columns - 1) / (8 * cut.columns);
+  // Splits cost a partial sum each; without them few rows leave most of a GPU idle, and the last
+  // wave of blocks some of it.
+  const int64_t most = view.groups() / kLeastGroups;
+  double best = -1e9;
+  cut.splits = 1;
+  for (int64_t s = 1; s <= most || s == 1; ++s) {
+    const int64_t blocks = cut.row_blocks * cut.batch_blocks * s;
+    const int64_t waves = (blocks + kTargetBlocks - 1) / kTargetBlocks;
+    const double use = static_cast<double>(blocks) / static_cast<double>(waves * kTargetBlocks);
+    const double worth = use - 0.02 * static_cast<double>(s);
+    if (worth > best) {
+      best = worth;
+      cut.splits = s;
+    }
+    if (waves > 8) break;
+  }
+  const int64_t width = cut.batch_blocks * 8 * cut.columns;
+  cut.partials = cut.splits * view.strips() * kStripRows * width;
+  cut.flags = cut.splits * width;
+  return cut;
+}
+
+bool tiles_fit(DType dtype, int64_t batch, const DeviceLimits& limits) {
+  if (dtype == DType::f64 || batch > kTilesMaxBatch) return false;
+  const int columns = columns_for(batch);
+  return (dtype == DType::f32 ? bytes_for<float>(columns) : bytes_for<BFloat16>(columns)) <=
+         limits.shared_bytes;
+}
+
+cudaError_t tiles_words(const BitMatrix& mask, bool tf32, uint32_t* words, uint32_t* counts,
+                        cudaStream_t stream) {
+  const TilesView v{mask.rows, mask.cols, nullptr, nullptr};
+  const int64_t n = v.strips() * v.groups();
+  return launch(words_kernel, dim3(static_cast<unsigned>((n + kWarps - 1) / kWarps)),
+                dim3(kThreads), 0, stream, mask, v.strips(), v.groups(), tf32, words, counts);
+}
+
+cudaError_t tiles_values(const TilesView& view, DType dtype, const void* weight,
+                         int64_t row_stride, int64_t col_stride, void* values,
+                         const DeviceLimits& limits, cudaStream_t stream) {
+  const int64_t wanted = (view.strips() * view.groups() + kWarps - 1) / kWarps;
+  const int64_t most = int64_t{16} * limits.multiprocessors;
+  const dim3 grid(static_cast<unsigned>(wanted < most ? wanted : most));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    return launch(values_kernel<T>, grid, dim3(kThreads), 0, stream, view, view.strips(),
+                  view.groups(), static_cast<const T*>(weight), row_stride, col_stride,
+                  static_cast<T*>(values));
+  };
+  return dtype == DType::f32 ? run(0.0f) : run(uint16_t{0});
+}
+
+cudaError_t tiles_product(const TilesArgs& args, cudaStream_t stream) {
+  if (args.dtype == DType::f32) return product_of<float>(args, stream);
+  return args.dtype == DType::bf16 ? product_of<BFloat16>(args, stream)
+                                   : product_of<Float16>(args, stream);
+}
+
+}  // namespace fastprune::FASTPRUNE_CUDA_NAMESPACE
