@@ -19,7 +19,7 @@ from fastprune.ops.pattern import (
     needs_grad,
     recorder,
 )
-from fastprune.ops.plan import LIKE_INPUT, READ_ANEW, planned
+from fastprune.ops.plan import LIKE_INPUT, READ_ANEW, planned, tf32
 
 
 def masked_linear(
@@ -100,7 +100,7 @@ def apply_linear(
             )
         else:
             y = torch.ops.fastprune.planned_linear.default(
-                flat, weight, bias, number, version, None, False, layout
+                flat, weight, bias, number, version, None, False, layout, tf32(x)
             )
     else:
         y = recorder(MaskedLinearFunction, torch.ops.fastprune.masked_linear)(
@@ -138,9 +138,10 @@ class PlannedLinearFunction(torch.autograd.Function):
         ctx.pattern = pattern  # keeps the plan alive
         read = version | READ_ANEW if version >= 0 and weight.requires_grad else version
         ctx.number, ctx.version, ctx.dense_weight_grad = number, version, dense_weight_grad
+        ctx.tf32 = tf32(x)
         with below_autograd():
             y: Tensor = torch.ops.fastprune.planned_linear.default(
-                x, weight, bias, number, read, None, False, layout
+                x, weight, bias, number, read, None, False, layout, ctx.tf32
             )
         return y
 
@@ -152,7 +153,9 @@ class PlannedLinearFunction(torch.autograd.Function):
         ops = torch.ops.fastprune
         x_grad = weight_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = ops.planned_linear_input_grad.default(grad, weight, ctx.number, ctx.version)
+            x_grad = ops.planned_linear_input_grad.default(
+                grad, weight, ctx.number, ctx.version, ctx.tf32
+            )
         if ctx.needs_input_grad[1]:
             weight_grad = (
                 grad.t() @ x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
@@ -92,17 +93,39 @@ _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _tracing = getattr(torch._C, "_get_tracing_state", lambda: None)
 
 
-def planned(x: Tensor, weight: Tensor, pattern: Pattern) -> bool:
-    """Whether a call goes through its plan: eager, on the CPU, and with nobody recording it.
+@functools.cache
+def _has_cuda_kernel(op: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprune::{op}", "CUDA"))
 
-    A recorded call must not hold a plan's number, which means nothing in another process.
+
+def planned(x: Tensor, weight: Tensor, pattern: Pattern) -> bool:
+    """Whether a call goes through its plan: eager, where there are kernels for plans, not recorded.
+
+    On the CPU there always are; on a GPU where the build has them for this kind of layer. A
+    recorded call must not hold a plan's number, which means nothing in another process.
     """
+    device = weight.device.type
     return (
         pattern.plan is not None
         and type(x) in (Tensor, torch.nn.Parameter)
         and type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
+        and (
+            device == "cpu"
+            or device == "cuda"
+            and _has_cuda_kernel("planned_linear" if weight.dim() == 2 else "planned_conv2d")
+        )
         and not torch.compiler.is_compiling()
         and not _modes()
         and _tracing() is None
     )
+
+
+def tf32(x: Tensor) -> bool:
+    """Whether products of ``x`` may round their factors to tf32: as torch's own on this device."""
+    if x.dtype is not torch.float32 or x.device.type != "cuda":
+        return False
+    # The older setting cannot be read where the newer one (torch 2.9) was used.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if precision == "none":
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    return bool(precision == "tf32")
