@@ -22,7 +22,7 @@ OPS = emulated.ops
 HALF = (torch.bfloat16, torch.float16)
 # Forms, the dtypes that they serve and the batches up to which they do.
 FORMS = {
-    "deltas": ((torch.float32, *HALF), 8),
+    "deltas": ((torch.float32, *HALF), 32),
     "bitmap": (HALF, 8),
     "tensor_core": (HALF, 128),
     "dense": ((torch.float32, torch.float64, *HALF), 1 << 30),

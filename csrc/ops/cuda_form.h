@@ -6,7 +6,7 @@ namespace fastprune {
 
 enum class CudaForm {
   automatic,    // by the table in ops/masked_linear_choice_cuda.cpp
-  deltas,       // values and gaps, streamed: batches to 8 (kernels/cuda/masked_linear_deltas.h)
+  deltas,       // values and gaps, streamed: batches to 32 (kernels/cuda/masked_linear_deltas.h)
   bitmap,       // tiles of bits on tensor cores (kernels/cuda/masked_linear_bitmap.h), batches to 8
   tensor_core,  // the same tiles, batches to 128
   panel,        // CUDA cores over a panel of activations in shared memory

@@ -17,13 +17,15 @@ constexpr int64_t kAnyBatch = int64_t{1} << 62;
 
 // By analysis (bytes, shared memory and matrix rate of an H200); not yet measured on a GPU.
 // half, batch 1: deltas are 3 d bytes per weight and bitmaps 2 d + 0.13, equal at d = 0.13, but
-// bitmaps are expanded by shared-memory loads that take as long as reading 0.3 d. Gathering 8
-// activations per entry costs deltas more. From a batch of 64 on the matrix rate of fragments
-// loaded by warps stands against dense.
+// expanding bitmaps takes about as many instructions at any density (kernels/README.md). The
+// activations that deltas gather per entry cost them more with the batch. From a batch of 64 on the
+// matrix rate of fragments that warps load stands against dense.
 constexpr Rule kRules[] = {
     {Kind::half, 2, 0.25, CudaForm::deltas},
     {Kind::half, 8, 0.12, CudaForm::deltas},
     {Kind::half, 8, 0.65, CudaForm::bitmap},
+    {Kind::half, 16, 0.12, CudaForm::deltas},
+    {Kind::half, 32, 0.06, CudaForm::deltas},
     {Kind::half, 32, 0.60, CudaForm::tensor_core},
     {Kind::half, 64, 0.50, CudaForm::tensor_core},
     {Kind::half, kAnyBatch, 0.04, CudaForm::panel},
@@ -37,7 +39,8 @@ constexpr Rule kRules[] = {
     {Kind::f64, kAnyBatch, 0.10, CudaForm::panel},
 };
 
-constexpr int64_t kSmallBatch = 8, kTensorCoreBatch = 128;
+constexpr int64_t kDeltasBatch = 32, kBitmapBatch = 8, kTensorCoreBatch = 128;
+constexpr int64_t kTilesCols = int64_t{1} << 28;  // values of a strip are counted in 32 bits
 
 Kind kind_of(const CudaProduct& p) {
   if (p.dtype == DType::f64) return Kind::f64;
@@ -54,11 +57,11 @@ bool cuda_form_serves(CudaForm form, const CudaProduct& p) {
     case CudaForm::automatic:
       return false;
     case CudaForm::deltas:
-      return kind != Kind::f64 && p.batch <= kSmallBatch && p.nnz > 0;
+      return kind != Kind::f64 && p.batch <= kDeltasBatch && p.nnz > 0;
     case CudaForm::bitmap:
-      return tensor_cores && p.batch <= kSmallBatch && p.nnz > 0;
+      return tensor_cores && p.batch <= kBitmapBatch && p.cols < kTilesCols && p.nnz > 0;
     case CudaForm::tensor_core:
-      return tensor_cores && p.batch <= kTensorCoreBatch && p.nnz > 0;
+      return tensor_cores && p.batch <= kTensorCoreBatch && p.cols < kTilesCols && p.nnz > 0;
     case CudaForm::panel:
       return p.nnz > 0;
     default:

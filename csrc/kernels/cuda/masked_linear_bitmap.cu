@@ -108,7 +108,9 @@ struct Stages {
   // Rows of x lie 16 bytes apart in the banks, so that fragments are read without conflicts.
   static constexpr int kPitch = static_cast<int>(kGroupCols) + 16 / static_cast<int>(sizeof(T));
   static constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
-  static constexpr int kPieces = kBatch * static_cast<int>(kGroupCols) / kPerPiece;
+  // Threads across the columns of a stage of x, and rows that the block copies at a time.
+  static constexpr int kAcross = static_cast<int>(kGroupCols) / kPerPiece;
+  static constexpr int kRowStep = kThreads / kAcross;
   // A dense group, and what copies of 16 aligned bytes bring before and behind it.
   static constexpr int kValues = kGroupElements + 2 * kPerPiece;
   static constexpr int kXBytes = kCount * kBatch * kPitch * static_cast<int>(sizeof(T));
@@ -118,32 +120,52 @@ struct Stages {
       kXBytes + kValueBytes + kWordBytes + (kCount * kWarps + kBatch) * 4;
 };
 
-// Copies one 16-byte piece of a stage of x: 8 or 4 columns of one activation row, zeros outside.
-template <typename T, int NT>
-__device__ __forceinline__ void copy_piece(const T* x, int64_t cols, int64_t col, bool row_exists,
-                                           bool aligned, T* to) {
-  using S = Stages<T, NT>;
-  const int64_t left = cols - col;
-  const int n = !row_exists || left <= 0 ? 0 : left < S::kPerPiece ? static_cast<int>(left)
-                                                                   : S::kPerPiece;
+// Copies a 16-byte piece of x: 8 or 4 columns of one activation row, of which `left` exist.
+template <typename T>
+__device__ __forceinline__ void copy_piece(const T* x, const T* from, int left, bool aligned, T* to) {
+  constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));
+  const int n = left < 0 ? 0 : left < kPerPiece ? left : kPerPiece;
   if (aligned) {
-    copy_async<16>(to, n == 0 ? x : x + col, n * static_cast<int>(sizeof(T)));
+    copy_async<16>(to, n == 0 ? x : from, n * static_cast<int>(sizeof(T)));
   } else {
-    for (int i = 0; i < S::kPerPiece; ++i) to[i] = i < n ? x[col + i] : T{};
+    for (int i = 0; i < kPerPiece; ++i) to[i] = i < n ? from[i] : T{};
   }
 }
+
+// The bits of a 16-bit value at `at` in shared memory, where `kept`: then `at` moves on. By hand:
+// the compiler copies a pointer that moves under a condition once more for each element, and
+// instructions are what bounds this kernel. (Not volatile: what is read follows from the words that
+// were read behind the same barrier.)
+#if defined(__CUDACC__)
+__device__ __forceinline__ uint32_t next_kept(uint32_t& at, uint32_t kept) {
+  uint32_t value = 0;
+  asm("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.shared.u16 %0, [%1]; @p add.u32 %1, %1, 2; }"
+      : "+r"(value), "+r"(at)
+      : "r"(kept));
+  return value;
+}
+#else
+template <typename T>
+uint32_t next_kept(const T*& at, uint32_t kept) {
+  return kept != 0 ? (at++)->bits : 0;
+}
+template <typename T>
+const T* shared_address(const T* at) {
+  return at;
+}
+#endif
 
 // A lane's elements of a tile: four registers of a fragment of 16-bit elements, or eight of two
 // fragments of tf32.
 template <typename T>
 __device__ __forceinline__ void decode(uint32_t bits, const T* values, uint32_t* a) {
   if constexpr (sizeof(T) == 2) {
+    auto at = shared_address(values);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      uint32_t low = 0, high = 0;
-      if ((bits >> (2 * r) & 1u) != 0) low = (values++)->bits;
-      if ((bits >> (2 * r + 1) & 1u) != 0) high = (values++)->bits;
-      a[r] = low | high << 16;
+      const uint32_t low = next_kept(at, bits & 1u << (2 * r));
+      const uint32_t high = next_kept(at, bits & 2u << (2 * r));
+      a[r] = __byte_perm(low, high, 0x5410);
     }
   } else {
 #pragma unroll
@@ -216,62 +238,82 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x < S::kBatch) found[threadIdx.x] = 0;
     __syncthreads();
   }
-  // Lane i holds the first value of group i, counted from the last multiple of 32 groups.
+  // This thread's pieces of x: one in every kRowStep rows, from x_row on.
+  const int x_row = static_cast<int>(threadIdx.x) / S::kAcross;
+  const int x_col = static_cast<int>(threadIdx.x) % S::kAcross * S::kPerPiece;
+  const int x_rows = static_cast<int>(batch - batch_begin < S::kBatch ? batch - batch_begin
+                                                                      : S::kBatch);
+  const T* x_from = x + (batch_begin + x_row) * w.cols + first * kGroupCols + x_col;
+  int x_left = static_cast<int>(w.cols - first * kGroupCols) - x_col;
+  // Lane i holds the first value of group i, counted from the last multiple of 32 groups, in values
+  // from the last aligned one before the strip.
   const int64_t* start = w.start + strip * groups;
-  int64_t starts = 0, next_starts = 0;
+  const uint32_t* words_from = w.words + (strip * groups + first) * 32 + lane;
+  int64_t aligned_start = 0;
+  uint32_t starts = 0, next_starts = 0;
+  const auto load_starts = [&](int64_t g) {
+    return static_cast<uint32_t>(start[g + lane < groups ? g + lane : groups] - aligned_start);
+  };
   if (exists) {
-    starts = start[first + lane < groups ? first + lane : groups];
-    next_starts = start[first + 32 + lane < groups ? first + 32 + lane : groups];
+    aligned_start = start[0] / S::kPerPiece * S::kPerPiece;
+    starts = load_starts(first);
+    next_starts = load_starts(first + 32);
   }
-  const auto issue = [&](int64_t g) {  // g - first counts up from 0
-    const int slot = static_cast<int>((g - first) % S::kCount);
-    if (g < end) {
-      for (int p = static_cast<int>(threadIdx.x); p < S::kPieces; p += kThreads) {
-        constexpr int kAcross = static_cast<int>(kGroupCols) / S::kPerPiece;
-        const int row = p / kAcross, col = p % kAcross * S::kPerPiece;
-        const bool row_exists = batch_begin + row < batch;
-        copy_piece<T, NT>(row_exists ? x + (batch_begin + row) * w.cols : x, w.cols,
-                          g * kGroupCols + col, row_exists, aligned,
-                          xs + (slot * S::kBatch + row) * S::kPitch + col);
-      }
-      if (exists) {
-        const int i = static_cast<int>((g - first) % 32);
-        const int64_t from = __shfl_sync(kAllLanes, starts, i);
-        const int64_t after = __shfl_sync(kAllLanes, i == 31 ? next_starts : starts, (i + 1) % 32);
-        T* to = all_values + (slot * kWarps + warp) * S::kValues;
-        const int64_t begin = from / S::kPerPiece * S::kPerPiece;
-        if (lane == 0) skews[slot * kWarps + warp] = static_cast<int>(from - begin);
-        for (int64_t v = begin + lane * S::kPerPiece; v < after; v += 32 * S::kPerPiece) {
-          copy_async<16>(to + (v - begin), values + v);
+  const T* strip_values = values + aligned_start;
+  int issued = 0, into = 0;  // stages, and the slot of the next
+  const auto issue = [&] {
+    if (first + issued < end) {
+      T* x_to = xs + into * S::kBatch * S::kPitch + x_col;
+#pragma unroll
+      for (int r = 0; r < S::kBatch; r += S::kRowStep) {
+        const int row = x_row + r;
+        if (row < S::kBatch) {
+          copy_piece(x, x_from + r * w.cols, row < x_rows ? x_left : 0, aligned,
+                     x_to + row * S::kPitch);
         }
-        copy_async<4>(all_words + (slot * kWarps + warp) * 32 + lane,
-                      w.words + (strip * groups + g) * 32 + lane);
+      }
+      x_from += kGroupCols;
+      x_left -= static_cast<int>(kGroupCols);
+      if (exists) {
+        const int i = issued % 32;
+        const uint32_t from = __shfl_sync(kAllLanes, starts, i);
+        const uint32_t after =
+            __shfl_sync(kAllLanes, i == 31 ? next_starts : starts, (i + 1) % 32);
+        const uint32_t begin = from / S::kPerPiece * S::kPerPiece;
+        const int slot = into * kWarps + warp;
+        if (lane == 0) skews[slot] = static_cast<int>(from - begin);
+        const int n = static_cast<int>(after - begin);
+#pragma unroll 1
+        for (int v = lane * S::kPerPiece; v < n; v += 32 * S::kPerPiece) {
+          copy_async<16>(all_values + slot * S::kValues + v, strip_values + begin + v);
+        }
+        copy_async<4>(all_words + slot * 32 + lane, words_from);
+        words_from += 32;
         if (i == 31) {
           starts = next_starts;
-          const int64_t next = g + 33 + lane;
-          next_starts = start[next < groups ? next : groups];
+          next_starts = load_starts(first + issued + 33);
         }
       }
     }
     commit_copies();
+    ++issued;
+    into = into + 1 == S::kCount ? 0 : into + 1;
   };
   float sum[NT][4] = {};
-  for (int i = 0; i < S::kCount - 1; ++i) issue(first + i);
-  for (int64_t g = first; g < end; ++g) {
-    const int slot = static_cast<int>((g - first) % S::kCount);
+  for (int i = 0; i < S::kCount - 1; ++i) issue();
+  int slot = 0;
+  for (int64_t g = first; g < end; ++g, slot = slot + 1 == S::kCount ? 0 : slot + 1) {
     wait_for_copies<S::kCount - 2>();
     if (looks) {
-      for (int p = static_cast<int>(threadIdx.x); p < S::kPieces; p += kThreads) {  // its own
-        constexpr int kAcross = static_cast<int>(kGroupCols) / S::kPerPiece;
-        const int row = p / kAcross, col = p % kAcross * S::kPerPiece;
-        const T* at = xs + (slot * S::kBatch + row) * S::kPitch + col;
+      for (int row = x_row; row < S::kBatch; row += S::kRowStep) {  // what it copied itself
+        const T* at = xs + (slot * S::kBatch + row) * S::kPitch + x_col;
         bool bad = false;
         for (int i = 0; i < S::kPerPiece; ++i) bad = bad || not_finite(at[i]);
         if (bad) atomicOr(&found[row], 1u);
       }
     }
     __syncthreads();  // copies of this stage are there; all are done with the stage before
-    issue(g + S::kCount - 1);
+    issue();
     if (!exists) continue;
     const uint32_t word = all_words[(slot * kWarps + warp) * 32 + lane];
     const GroupStarts at = group_starts(word);

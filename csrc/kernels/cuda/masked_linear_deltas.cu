@@ -160,6 +160,9 @@ __global__ void values_kernel(DeltasView w, const T* weight, int64_t row_stride,
   }
 }
 
+
+
+
 // The activations of one column.
 template <typename T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Column {
@@ -290,9 +293,10 @@ cudaError_t product_part(const DeltasArgs& a, int64_t batch_begin, int64_t piece
 template <typename T>
 cudaError_t product(const DeltasArgs& a, const DeviceLimits& limits, cudaStream_t stream) {
   const int64_t segments = a.weight.segments(), most_rows = a.weight.most_rows();
+  constexpr int64_t most = sizeof(T) == 2 ? 16 : 8;
   for (int64_t begin = 0; begin < a.batch;) {
     int64_t n = 1;
-    while (n < a.batch - begin && n < kDeltasMaxBatch) n *= 2;
+    while (n < a.batch - begin && n < most) n *= 2;
     while (n > 1 && product_bytes(sizeof(T), n, 1, most_rows) > limits.shared_bytes) n /= 2;
     int64_t piece = segments;
     while (piece > 1 && product_bytes(sizeof(T), n, piece, most_rows) > limits.shared_bytes) {
@@ -301,7 +305,8 @@ cudaError_t product(const DeltasArgs& a, const DeviceLimits& limits, cudaStream_
     const cudaError_t error = n == 1   ? product_part<T, 1>(a, begin, piece, stream)
                               : n == 2 ? product_part<T, 2>(a, begin, piece, stream)
                               : n == 4 ? product_part<T, 4>(a, begin, piece, stream)
-                                       : product_part<T, 8>(a, begin, piece, stream);
+                              : n == 8 ? product_part<T, 8>(a, begin, piece, stream)
+                                       : product_part<T, most>(a, begin, piece, stream);
     if (error != cudaSuccess) return error;
     begin += n;
   }

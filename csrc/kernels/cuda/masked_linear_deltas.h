@@ -1,4 +1,4 @@
-// A linear product for a handful of activation rows: values and the gaps between their columns,
+// A linear product for few activation rows: values and the gaps between their columns,
 // streamed once at the speed of memory.
 //
 // A row is cut into segments of kSegmentCols columns, a segment into units of 8 entries. An entry
@@ -12,7 +12,7 @@ namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 
 constexpr int64_t kSegmentCols = 4096;
 constexpr int64_t kUnit = 8;
-constexpr int64_t kDeltasMaxBatch = 8;  // what one pass over the weight serves
+constexpr int64_t kDeltasMaxBatch = 32;  // one pass over the weight serves 16, or 8 of float32
 
 struct DeltasView {
   int64_t rows, cols;
