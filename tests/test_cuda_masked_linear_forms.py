@@ -1,4 +1,4 @@
-"""The linear products of a plan on a GPU, by emulation: every form, every dtype, off-tile shapes."""
+"""The linear products of a plan on a GPU, by emulation: every form and dtype, off-tile shapes."""
 
 from __future__ import annotations
 
@@ -174,7 +174,8 @@ def test_absent_weights_are_absent(form: str) -> None:
         x[-1, 5], weight[4, 5], mask[4, 5] = inf, 1, True
         w = Weight(weight, mask)
         y, kept = w.product(x), mask[:, 5]
-        assert (~y[-1, kept].isfinite()).all() and y[-1, ~kept].isfinite().all()
+        assert (~y[-1, kept].isfinite()).all()
+        assert y[-1, ~kept].isfinite().all()
         assert y[:-1].isfinite().all() or batch == 1
 
 
@@ -230,7 +231,8 @@ def test_empty_sizes(form: str) -> None:
         check_forward(w, x, bias, f"{rows} {cols} {batch}")
         check_backward(w, torch.randn(batch, rows).to(dtypes[0]), f"{rows} {cols} {batch}")
         dw = OPS.planned_linear_weight_grad(torch.randn(batch, rows).to(dtypes[0]), x, w.plan)
-        assert dw.shape == (rows, cols) and dw.isfinite().all()
+        assert dw.shape == (rows, cols)
+        assert dw.isfinite().all()
 
 
 def test_one_dense_row_among_empty_ones() -> None:
@@ -266,7 +268,8 @@ def test_tf32_is_used_only_where_allowed() -> None:
     strict = w.product(x)
     rounded = w.product(x, tf32=True)
     finite = strict.isfinite()
-    assert torch.equal(finite, rounded.isfinite()) and not finite.all()
+    assert torch.equal(finite, rounded.isfinite())
+    assert not finite.all()
     assert not torch.equal(strict, rounded)
     # Each factor is rounded to 11 bits.
     bound = 2.0**-9 * (x.abs().nan_to_num(0, 0) @ torch.where(w.mask, w.weight.abs(), 0).t())
@@ -297,7 +300,7 @@ def test_forms_that_cannot_serve_fall_back() -> None:
     for form, batch in [("deltas", 64), ("bitmap", 9), ("tensor_core", 200), ("tensor_core", 3)]:
         fp._C.set_cuda_form(form)
         check_forward(w, torch.randn(batch, 50), None, form)
-    with pytest.raises(ValueError, match="form: expected 'auto'.*got 'fast'"):
+    with pytest.raises(ValueError, match=r"form: expected 'auto'.*got 'fast'"):
         fp._C.set_cuda_form("fast")
     fp._C.set_cuda_form("panel")
     check_forward(w, torch.randn(5, 50), None, "panel")

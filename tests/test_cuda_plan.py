@@ -71,15 +71,14 @@ def test_numbers_are_shared_with_plans_of_the_cpu(plan: int) -> None:
         with pytest.raises(RuntimeError, match="plan: expected one that was made on the device"):
             op(other, weight)
     with pytest.raises(RuntimeError, match="plan: expected one that was made on the device"):
-        torch.ops.fastprune.planned_linear(
-            random(5, 37), weight, None, plan, -1, None, False, 0
-        )
+        torch.ops.fastprune.planned_linear(random(5, 37), weight, None, plan, -1, None, False, 0)
     first = plan_bytes(plan)
     assert first >= 70 * 2 * 4
     linear(plan, weight)
     assert plan_bytes(plan) > first
     other = make_plan(fp.pack(mask()))
-    assert release_plan(other) and not release_plan(other)
+    assert release_plan(other)
+    assert not release_plan(other)
     assert plan_bytes(other) == -1
     with pytest.raises(RuntimeError, match="expected the number of a live plan"):
         linear(other, weight)
@@ -213,7 +212,7 @@ def test_bad_arguments(change: dict[str, Any], message: str, plan: int) -> None:
         linear(**a)
     grad, x = random(5, 70), random(5, 37)
     for bad_grad, bad_x in ((random(4, 70), x), (random(70), x), (grad.half(), x), (grad, grad)):
-        with pytest.raises(RuntimeError, match="planned_linear_weight_grad: .*expected"):
+        with pytest.raises(RuntimeError, match=r"planned_linear_weight_grad: .*expected"):
             OPS.planned_linear_weight_grad(bad_grad, bad_x, plan)
 
 

@@ -11,9 +11,9 @@ std::atomic<CudaForm> wanted{CudaForm::automatic};
 constexpr struct {
   const char* name;
   CudaForm form;
-} kNames[] = {{"auto", CudaForm::automatic},          {"deltas", CudaForm::deltas},
-              {"bitmap", CudaForm::bitmap},           {"tensor_core", CudaForm::tensor_core},
-              {"panel", CudaForm::panel},             {"dense", CudaForm::dense}};
+} kNames[] = {{"auto", CudaForm::automatic}, {"deltas", CudaForm::deltas},
+              {"bitmap", CudaForm::bitmap},  {"tensor_core", CudaForm::tensor_core},
+              {"panel", CudaForm::panel},    {"dense", CudaForm::dense}};
 
 }  // namespace
 

@@ -84,9 +84,9 @@ class DevicePlan : public KeptPlan {
   BitMatrix bits_{};
   std::mutex mutex_;
   std::vector<Slot> slots_;
-  cudaStream_t stream_;          // that what is kept was written on last
+  cudaStream_t stream_;  // that what is kept was written on last
   cudaEvent_t written_ = nullptr;
-  bool elsewhere_ = false;       // some call ran on another stream
+  bool elsewhere_ = false;  // some call ran on another stream
 };
 
 // The transposed bits, for forms of the input gradient: made for one call.
@@ -96,7 +96,7 @@ struct TransposedBits {
 };
 TransposedBits transposed_bits(const DevicePlan& plan, const CudaCall& call, const char* op);
 
-std::shared_ptr<DevicePlan> find_device_plan(int64_t id, const PatternShape& shape,
-                                             const Tensor& x, const char* op);
+std::shared_ptr<DevicePlan> find_device_plan(int64_t id, const PatternShape& shape, const Tensor& x,
+                                             const char* op);
 
 }  // namespace fastprune::FASTPRUNE_CUDA_NAMESPACE

@@ -31,9 +31,10 @@ DevicePlan::DevicePlan(const PatternShape& shape, const Tensor& row_ptr, const T
   constexpr int64_t kMost = int64_t{1} << 31;
   STD_TORCH_CHECK(view.rows < kMost && view.cols() < kMost, op, ": shape: expected less than ",
                   kMost, " rows and columns, got ", view.rows, " and ", view.cols());
-  STD_TORCH_CHECK(!is_capturing(call, op), op,
-                  ": expected a call before the capture of a CUDA graph: checking the pattern waits "
-                  "for the GPU");
+  STD_TORCH_CHECK(
+      !is_capturing(call, op), op,
+      ": expected a call before the capture of a CUDA graph: checking the pattern waits "
+      "for the GPU");
   bits_ = BitMatrix{nullptr, view.rows, view.cols()};
   words_ = torch::stable::new_empty(row_ptr, {checked_product(bits_.rows, bits_.row_words(), op)},
                                     ScalarType::Int);
@@ -60,7 +61,12 @@ DevicePlan::DevicePlan(const PatternShape& shape, const Tensor& row_ptr, const T
 
 DevicePlan::~DevicePlan() {
   // Torch hands memory on in the order of the stream that it was made on.
-  if (elsewhere_) cudaDeviceSynchronize();
+  if (elsewhere_) {
+#if !defined(FASTPRUNE_EMULATED)
+    const torch::stable::accelerator::DeviceGuard guard(words_.get_device());
+#endif
+    cudaDeviceSynchronize();
+  }
   if (written_ != nullptr) cudaEventDestroy(written_);
 }
 
@@ -124,17 +130,16 @@ int64_t DevicePlan::bytes() {
 TransposedBits transposed_bits(const DevicePlan& plan, const CudaCall& call, const char* op) {
   const BitMatrix& from = plan.bits();
   BitMatrix to{nullptr, from.cols, from.rows};
-  Tensor words = torch::stable::new_empty(plan.words(),
-                                          {checked_product(to.rows, to.row_words(), op)},
-                                          ScalarType::Int);
+  Tensor words = torch::stable::new_empty(
+      plan.words(), {checked_product(to.rows, to.row_words(), op)}, ScalarType::Int);
   auto* data = static_cast<uint32_t*>(words.mutable_data_ptr());
   check_launch(transpose_bits(from, data, call.stream()), op);
   to.words = data;
   return {words, to};
 }
 
-std::shared_ptr<DevicePlan> find_device_plan(int64_t id, const PatternShape& shape,
-                                             const Tensor& x, const char* op) {
+std::shared_ptr<DevicePlan> find_device_plan(int64_t id, const PatternShape& shape, const Tensor& x,
+                                             const char* op) {
   auto plan = live_plan<DevicePlan>(id, op);
   plan->check_device(x, op);
   check_plan_shape(plan->shape(), shape, op);

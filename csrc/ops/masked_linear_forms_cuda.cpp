@@ -55,9 +55,9 @@ Structure deltas_structure(const LinearSource& s) {
   Tensor bound = new_words(s.weight, groups + 1, ScalarType::Int);
   Structure structure;
   with_mask(s, [&](const BitMatrix& mask) {
-    Tensor segment =
-        bounds_of(s, checked_product(s.rows(), segments, s.op),
-                  [&](uint32_t* counts) { return deltas_count(mask, counts, s.call.stream()); });
+    Tensor segment = bounds_of(s, checked_product(s.rows(), segments, s.op), [&](uint32_t* counts) {
+      return deltas_count(mask, counts, s.call.stream());
+    });
     structure = {codes, segment, bound};
     check_launch(deltas_codes(mask, deltas_view(s, structure), data<uint8_t>(codes),
                               data<int32_t>(bound), s.call.stream()),

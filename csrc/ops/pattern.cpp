@@ -137,11 +137,10 @@ PatternView checked_pattern(const Tensor& row_ptr, const Tensor& offset, const P
                             bool transposed, const char* op) {
   check_cpu(row_ptr, op, transposed ? "transposed_row_ptr" : "row_ptr");
   const PatternView v = validate_pattern(row_ptr, offset, row_ptr, shape, transposed, op);
-  STD_TORCH_CHECK(FASTPRUNE_PICK(pattern_is_valid)(v), op, ": ",
-                  transposed ? "transposed_row_ptr" : "row_ptr",
-                  ": expected bounds that start at 0, never decrease and end at the ", v.nnz,
-                  " entries of ", transposed ? "transposed_offset" : "offset",
-                  ", and offsets inside their block");
+  STD_TORCH_CHECK(
+      FASTPRUNE_PICK(pattern_is_valid)(v), op, ": ", transposed ? "transposed_row_ptr" : "row_ptr",
+      ": expected bounds that start at 0, never decrease and end at the ", v.nnz, " entries of ",
+      transposed ? "transposed_offset" : "offset", ", and offsets inside their block");
   return v;
 }
 

@@ -67,10 +67,9 @@ Tensor planned_linear(const Tensor& x, const Tensor& weight, const std::optional
   const MaskedLinearCall call = validate_masked_linear(x, "x", weight, 1, 1, false, op);
   const Planned planned(plan, call.shape, weight, version, op);
   check_residual(residual, {call.batch, call.shape.rows}, x, op);
-  return linear_product(
-      planned.weight, false, call.dtype, x,
-      Epilogue{checked_bias(bias, call.shape.rows, x, op), residual, relu},
-      check_layout(layout, op));
+  return linear_product(planned.weight, false, call.dtype, x,
+                        Epilogue{checked_bias(bias, call.shape.rows, x, op), residual, relu},
+                        check_layout(layout, op));
 }
 
 Tensor planned_linear_input_grad(const Tensor& grad, const Tensor& weight, int64_t plan,
@@ -114,10 +113,9 @@ Tensor planned_conv2d(const Tensor& x, const Tensor& weight, const std::optional
       conv_call(x, x.sizes(), weight.sizes(), stride, padding, dilation, groups, op);
   const Planned planned(plan, c.shape, false, &weight, version, op);
   check_residual(residual, {c.batch, c.shape.rows, c.out_height, c.out_width}, x, op);
-  return conv_forward(
-      c, planned.weight, x,
-      Epilogue{checked_bias(bias, c.shape.rows, x, op), residual, relu},
-      check_layout(layout, op));
+  return conv_forward(c, planned.weight, x,
+                      Epilogue{checked_bias(bias, c.shape.rows, x, op), residual, relu},
+                      check_layout(layout, op));
 }
 
 Tensor planned_conv2d_input_grad(const Tensor& grad, const Tensor& weight, int64_t plan,

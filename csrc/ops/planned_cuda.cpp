@@ -32,10 +32,10 @@ struct LinearProduct {
 Tensor by_deltas(const LinearProduct& p) {
   Tensor y = p.new_result();
   const DeltasWeight weight = deltas_weight(p.source);
-  check_launch(deltas_product(DeltasArgs{weight.view, p.source.dtype,
-                                         weight.tensors.values->const_data_ptr(), p.batch,
-                                         p.x.const_data_ptr(), p.finish(), y.mutable_data_ptr()},
-                              p.source.call.limits(), p.source.call.stream()),
+  check_launch(deltas_product(
+                   DeltasArgs{weight.view, p.source.dtype, weight.tensors.values->const_data_ptr(),
+                              p.batch, p.x.const_data_ptr(), p.finish(), y.mutable_data_ptr()},
+                   p.source.call.limits(), p.source.call.stream()),
                p.source.op);
   return y;
 }
@@ -62,9 +62,8 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const std::optional<T
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
                                     torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
-  STD_TORCH_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) == 0, op,
-      ": torch's linear product failed");
+  STD_TORCH_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION) == 0,
+                  op, ": torch's linear product failed");
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -94,8 +93,8 @@ std::optional<Tensor> by_panel(const LinearProduct&) { return std::nullopt; }
 Tensor multiply(const LinearProduct& p) {
   const LinearSource& s = p.source;
   if (p.batch == 0 || s.rows() == 0) return p.new_result();
-  switch (choose_cuda_form(
-      CudaProduct{s.dtype, p.tf32, p.batch, s.rows(), s.cols(), s.plan.nnz()})) {
+  switch (
+      choose_cuda_form(CudaProduct{s.dtype, p.tf32, p.batch, s.rows(), s.cols(), s.plan.nnz()})) {
     case CudaForm::deltas:
       return by_deltas(p);
     case CudaForm::bitmap:
@@ -133,9 +132,9 @@ Tensor planned_linear_cuda(const Tensor& x_in, const Tensor& weight_in,
   const auto contiguous = [](const std::optional<Tensor>& t) {
     return t.has_value() ? std::optional<Tensor>(dense(*t)) : std::nullopt;
   };
-  return multiply(LinearProduct{LinearSource{*plan, false, c.dtype, weight,
-                                             version_of(weight, weight_in, version), call, op},
-                                x, c.batch, contiguous(bias), contiguous(residual), relu, tf32});
+  return multiply(LinearProduct{
+      LinearSource{*plan, false, c.dtype, weight, version_of(weight, weight_in, version), call, op},
+      x, c.batch, contiguous(bias), contiguous(residual), relu, tf32});
 }
 
 Tensor planned_linear_input_grad_cuda(const Tensor& grad_in, const Tensor& weight_in,
@@ -145,9 +144,9 @@ Tensor planned_linear_input_grad_cuda(const Tensor& grad_in, const Tensor& weigh
   const auto plan = find_device_plan(plan_id, c.shape, grad_in, op);
   const CudaCall call(grad_in, op);
   const Tensor grad = dense(grad_in), weight = dense(weight_in);
-  return multiply(LinearProduct{LinearSource{*plan, true, c.dtype, weight,
-                                             version_of(weight, weight_in, version), call, op},
-                                grad, c.batch, std::nullopt, std::nullopt, false, tf32});
+  return multiply(LinearProduct{
+      LinearSource{*plan, true, c.dtype, weight, version_of(weight, weight_in, version), call, op},
+      grad, c.batch, std::nullopt, std::nullopt, false, tf32});
 }
 
 // Torch's dense product, then the mask.

@@ -28,7 +28,9 @@ struct PatternView {
   const int32_t* row_at = nullptr;
   const int32_t* place_of = nullptr;
 
-  FASTPRUNE_HOST_DEVICE int64_t blocks() const { return depth == 0 ? 0 : (depth + block_depth - 1) / block_depth; }
+  FASTPRUNE_HOST_DEVICE int64_t blocks() const {
+    return depth == 0 ? 0 : (depth + block_depth - 1) / block_depth;
+  }
   FASTPRUNE_HOST_DEVICE int64_t cols() const { return depth * taps; }
   FASTPRUNE_HOST_DEVICE int64_t block_cols() const { return block_depth * taps; }
   FASTPRUNE_HOST_DEVICE int64_t row_of(int64_t b, int64_t place) const {

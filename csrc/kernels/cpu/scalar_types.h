@@ -50,7 +50,9 @@ FASTPRUNE_HOST_DEVICE inline uint32_t float_to_bits(float f) {
 
 FASTPRUNE_HOST_DEVICE inline float widen(float x) { return x; }
 FASTPRUNE_HOST_DEVICE inline double widen(double x) { return x; }
-FASTPRUNE_HOST_DEVICE inline float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+FASTPRUNE_HOST_DEVICE inline float widen(BFloat16 x) {
+  return bits_to_float(static_cast<uint32_t>(x.bits) << 16);
+}
 FASTPRUNE_HOST_DEVICE inline float widen(Float16 x) {
 #if defined(__CUDA_ARCH__)
   float wide;
@@ -90,7 +92,8 @@ FASTPRUNE_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float x) {  // round to n
 #endif
 }
 template <>
-FASTPRUNE_HOST_DEVICE inline Float16 narrow<Float16>(float x) {  // round to nearest, ties to even; overflow to infinity
+FASTPRUNE_HOST_DEVICE inline Float16 narrow<Float16>(
+    float x) {  // round to nearest, ties to even; overflow to infinity
 #if defined(__CUDA_ARCH__)
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));

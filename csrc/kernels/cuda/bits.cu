@@ -1,6 +1,6 @@
 #include "kernels/cuda/bits.h"
 
-#include "kernels/cuda/exact.h"
+#include "kernels/cuda/exact.cuh"
 
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 namespace {
@@ -17,8 +17,8 @@ __global__ void pattern_bits_kernel(RawPattern p, int64_t blocks, int64_t row_wo
                                     uint32_t* words, unsigned long long* verdict) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t places = blocks * p.rows, step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t place = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-       place < places; place += step) {
+  for (int64_t place = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; place < places;
+       place += step) {
     const int64_t begin = p.row_ptr[place], end = p.row_ptr[place + 1];
     const bool good = begin >= 0 && begin <= end && end <= p.nnz && (place > 0 || begin == 0) &&
                       (place + 1 < places || end == p.nnz);
@@ -175,8 +175,8 @@ cudaError_t pattern_bits(const RawPattern& p, uint32_t* words, unsigned long lon
   error = launch(pattern_bits_kernel, dim3(blocks_for(blocks * p.rows, kWarps, limits)),
                  dim3(kThreads), 0, stream, p, blocks, row_words, words, verdict);
   if (error != cudaSuccess) return error;
-  return launch(count_bits_kernel, dim3(blocks_for(n, kThreads, limits)), dim3(kThreads), 0,
-                stream, words, n, verdict + 1);
+  return launch(count_bits_kernel, dim3(blocks_for(n, kThreads, limits)), dim3(kThreads), 0, stream,
+                words, n, verdict + 1);
 }
 
 cudaError_t transpose_bits(const BitMatrix& from, uint32_t* to, cudaStream_t stream) {
@@ -205,13 +205,13 @@ cudaError_t exclusive_sums(const uint32_t* from, int64_t n, int64_t* to, cudaStr
                 from, n, to);
 }
 
-cudaError_t find_not_finite(DType dtype, const void* x, int64_t rows, int64_t cols,
-                            uint32_t* flags, const DeviceLimits& limits, cudaStream_t stream) {
+cudaError_t find_not_finite(DType dtype, const void* x, int64_t rows, int64_t cols, uint32_t* flags,
+                            const DeviceLimits& limits, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch(find_not_finite_kernel<T>, dim3(blocks_for(rows, kWarps, limits)),
-                  dim3(kThreads), 0, stream, static_cast<const T*>(x), rows, cols, flags);
+    return launch(find_not_finite_kernel<T>, dim3(blocks_for(rows, kWarps, limits)), dim3(kThreads),
+                  0, stream, static_cast<const T*>(x), rows, cols, flags);
   });
 }
 

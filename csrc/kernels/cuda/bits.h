@@ -42,8 +42,8 @@ cudaError_t keep_masked(const BitMatrix& mask, DType dtype, const void* in, void
 cudaError_t exclusive_sums(const uint32_t* from, int64_t n, int64_t* to, cudaStream_t stream);
 
 // flags[n] <- whether row n of x (rows x cols) holds an infinity or a NaN.
-cudaError_t find_not_finite(DType dtype, const void* x, int64_t rows, int64_t cols,
-                            uint32_t* flags, const DeviceLimits& limits, cudaStream_t stream);
+cudaError_t find_not_finite(DType dtype, const void* x, int64_t rows, int64_t cols, uint32_t* flags,
+                            const DeviceLimits& limits, cudaStream_t stream);
 
 // The product of one activation row with the mask's weights alone, for rows of x that are not
 // finite: there, zeros are not what absent weights are.

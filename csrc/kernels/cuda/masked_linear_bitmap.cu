@@ -1,7 +1,7 @@
 #include "kernels/cuda/masked_linear_bitmap.h"
 
-#include "kernels/cuda/exact.h"
-#include "kernels/cuda/warp.h"
+#include "kernels/cuda/exact.cuh"
+#include "kernels/cuda/tiles.cuh"
 
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 namespace {
@@ -10,95 +10,6 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;  // one strip per warp
 constexpr int kGroupElements = static_cast<int>(kStripRows * kGroupCols);
 constexpr int64_t kTargetBlocks = 264;  // two for each of 132 multiprocessors
 constexpr int64_t kLeastGroups = 8;     // of a split
-
-// Bytes of x4 that count the bits of each byte of the word.
-__device__ __forceinline__ uint32_t byte_counts(uint32_t word) {
-  word -= word >> 1 & 0x55555555u;
-  word = (word & 0x33333333u) + (word >> 2 & 0x33333333u);
-  return (word + (word >> 4)) & 0x0f0f0f0fu;
-}
-
-// Where a lane's values begin in each of a group's four tiles, in values from the group's first.
-struct GroupStarts {
-  int at[4];
-};
-__device__ __forceinline__ GroupStarts group_starts(uint32_t word) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const uint32_t counts = byte_counts(word);
-  // Before a lane stand at most 31 * 8 = 248 values of a tile: a byte. All lanes may hold 256.
-  uint32_t before = __shfl_up_sync(kAllLanes, counts, 1);
-  if (lane == 0) before = 0;
-#pragma unroll
-  for (int o = 1; o < 32; o *= 2) {
-    const uint32_t other = __shfl_up_sync(kAllLanes, before, static_cast<unsigned>(o));
-    if (lane >= o) before += other;
-  }
-  const uint32_t last = __shfl_sync(kAllLanes, before, 31);
-  const uint32_t last_counts = __shfl_sync(kAllLanes, counts, 31);
-  GroupStarts starts;
-  int tile = 0;
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    starts.at[q] = tile + static_cast<int>(before >> (8 * q) & 255u);
-    tile += static_cast<int>((last >> (8 * q) & 255u) + (last_counts >> (8 * q) & 255u));
-  }
-  return starts;
-}
-
-// A warp per group.
-__global__ void words_kernel(BitMatrix mask, int64_t strips, int64_t groups, bool tf32,
-                             uint32_t* words, uint32_t* counts) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (i >= strips * groups) return;
-  const int64_t row_words = (mask.cols + 31) / 32;
-  uint32_t word = 0;
-  for (int e = 0; e < 32; ++e) {
-    const TilePlace place = tile_place(lane, e % 8, tf32);
-    const int64_t r = i / groups * kStripRows + place.row;
-    const int64_t c = i % groups * kGroupCols + e / 8 * 16 + place.col;
-    if (r < mask.rows && c < mask.cols) {
-      word |= (mask.words[r * row_words + c / 32] >> (c % 32) & 1u) << e;
-    }
-  }
-  words[i * 32 + lane] = word;
-  const unsigned count = __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(word)));
-  if (lane == 0) counts[i] = count;
-}
-
-template <typename T>
-__device__ __forceinline__ T kept_value(T x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ float kept_value<float>(float x) {
-  return __uint_as_float(to_tf32(x));
-}
-
-// A warp per group.
-template <typename T>
-__global__ void values_kernel(TilesView w, int64_t strips, int64_t groups, const T* weight,
-                              int64_t row_stride, int64_t col_stride, T* values) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-       i < strips * groups; i += step) {
-    const uint32_t word = w.words[i * 32 + lane];
-    const GroupStarts starts = group_starts(word);
-    T* to = values + w.start[i];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      int at = starts.at[q];
-      for (int e = 0; e < 8; ++e) {
-        if ((word >> (8 * q + e) & 1u) == 0) continue;
-        const TilePlace place = tile_place(lane, e, sizeof(T) == 4);
-        const int64_t r = i / groups * kStripRows + place.row;
-        const int64_t c = i % groups * kGroupCols + 16 * q + place.col;
-        to[at++] = kept_value(weight[r * row_stride + c * col_stride]);
-      }
-    }
-  }
-}
 
 // What a block keeps in shared memory: a ring of stages, each one group of columns.
 template <typename T, int NT>
@@ -116,13 +27,13 @@ struct Stages {
   static constexpr int kXBytes = kCount * kBatch * kPitch * static_cast<int>(sizeof(T));
   static constexpr int kValueBytes = kCount * kWarps * kValues * static_cast<int>(sizeof(T));
   static constexpr int kWordBytes = kCount * kWarps * 32 * 4;
-  static constexpr int kBytes =
-      kXBytes + kValueBytes + kWordBytes + (kCount * kWarps + kBatch) * 4;
+  static constexpr int kBytes = kXBytes + kValueBytes + kWordBytes + (kCount * kWarps + kBatch) * 4;
 };
 
 // Copies a 16-byte piece of x: 8 or 4 columns of one activation row, of which `left` exist.
 template <typename T>
-__device__ __forceinline__ void copy_piece(const T* x, const T* from, int left, bool aligned, T* to) {
+__device__ __forceinline__ void copy_piece(const T* x, const T* from, int left, bool aligned,
+                                           T* to) {
   constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));
   const int n = left < 0 ? 0 : left < kPerPiece ? left : kPerPiece;
   if (aligned) {
@@ -224,15 +135,15 @@ __global__ void __launch_bounds__(kThreads)
   T* all_values = xs + S::kXBytes / sizeof(T);
   auto* all_words = reinterpret_cast<uint32_t*>(all_values + S::kValueBytes / sizeof(T));
   // Values of a group before the first one of a stage: the copies are aligned, it is not.
-  auto* skews = reinterpret_cast<int*>(all_words + S::kWordBytes / 4);  // kCount * kWarps
+  auto* skews = reinterpret_cast<int*>(all_words + S::kWordBytes / 4);    // kCount * kWarps
   auto* found = reinterpret_cast<uint32_t*>(skews + S::kCount * kWarps);  // kBatch
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int64_t strip = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   const bool exists = strip < strips;
-  const int64_t first = groups * blockIdx.y / gridDim.y, end = groups * (blockIdx.y + 1) / gridDim.y;
+  const int64_t first = groups * blockIdx.y / gridDim.y,
+                end = groups * (blockIdx.y + 1) / gridDim.y;
   const int64_t batch_begin = static_cast<int64_t>(blockIdx.z) * S::kBatch;
-  const bool aligned =
-      w.cols % S::kPerPiece == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const bool aligned = w.cols % S::kPerPiece == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   const bool looks = blockIdx.x == 0;
   if (looks) {
     if (threadIdx.x < S::kBatch) found[threadIdx.x] = 0;
@@ -241,8 +152,8 @@ __global__ void __launch_bounds__(kThreads)
   // This thread's pieces of x: one in every kRowStep rows, from x_row on.
   const int x_row = static_cast<int>(threadIdx.x) / S::kAcross;
   const int x_col = static_cast<int>(threadIdx.x) % S::kAcross * S::kPerPiece;
-  const int x_rows = static_cast<int>(batch - batch_begin < S::kBatch ? batch - batch_begin
-                                                                      : S::kBatch);
+  const int x_rows =
+      static_cast<int>(batch - batch_begin < S::kBatch ? batch - batch_begin : S::kBatch);
   const T* x_from = x + (batch_begin + x_row) * w.cols + first * kGroupCols + x_col;
   int x_left = static_cast<int>(w.cols - first * kGroupCols) - x_col;
   // Lane i holds the first value of group i, counted from the last multiple of 32 groups, in values
@@ -277,8 +188,7 @@ __global__ void __launch_bounds__(kThreads)
       if (exists) {
         const int i = issued % 32;
         const uint32_t from = __shfl_sync(kAllLanes, starts, i);
-        const uint32_t after =
-            __shfl_sync(kAllLanes, i == 31 ? next_starts : starts, (i + 1) % 32);
+        const uint32_t after = __shfl_sync(kAllLanes, i == 31 ? next_starts : starts, (i + 1) % 32);
         const uint32_t begin = from / S::kPerPiece * S::kPerPiece;
         const int slot = into * kWarps + warp;
         if (lane == 0) skews[slot] = static_cast<int>(from - begin);
@@ -317,8 +227,7 @@ __global__ void __launch_bounds__(kThreads)
     if (!exists) continue;
     const uint32_t word = all_words[(slot * kWarps + warp) * 32 + lane];
     const GroupStarts at = group_starts(word);
-    const T* mine =
-        all_values + (slot * kWarps + warp) * S::kValues + skews[slot * kWarps + warp];
+    const T* mine = all_values + (slot * kWarps + warp) * S::kValues + skews[slot * kWarps + warp];
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       uint32_t a[sizeof(T) == 2 ? 4 : 8];
@@ -457,29 +366,6 @@ bool tiles_fit(DType dtype, int64_t batch, const DeviceLimits& limits) {
   const int columns = columns_for(batch);
   return (dtype == DType::f32 ? bytes_for<float>(columns) : bytes_for<BFloat16>(columns)) <=
          limits.shared_bytes;
-}
-
-cudaError_t tiles_words(const BitMatrix& mask, bool tf32, uint32_t* words, uint32_t* counts,
-                        cudaStream_t stream) {
-  const TilesView v{mask.rows, mask.cols, nullptr, nullptr};
-  const int64_t n = v.strips() * v.groups();
-  return launch(words_kernel, dim3(static_cast<unsigned>((n + kWarps - 1) / kWarps)),
-                dim3(kThreads), 0, stream, mask, v.strips(), v.groups(), tf32, words, counts);
-}
-
-cudaError_t tiles_values(const TilesView& view, DType dtype, const void* weight,
-                         int64_t row_stride, int64_t col_stride, void* values,
-                         const DeviceLimits& limits, cudaStream_t stream) {
-  const int64_t wanted = (view.strips() * view.groups() + kWarps - 1) / kWarps;
-  const int64_t most = int64_t{16} * limits.multiprocessors;
-  const dim3 grid(static_cast<unsigned>(wanted < most ? wanted : most));
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    return launch(values_kernel<T>, grid, dim3(kThreads), 0, stream, view, view.strips(),
-                  view.groups(), static_cast<const T*>(weight), row_stride, col_stride,
-                  static_cast<T*>(values));
-  };
-  return dtype == DType::f32 ? run(0.0f) : run(uint16_t{0});
 }
 
 cudaError_t tiles_product(const TilesArgs& args, cudaStream_t stream) {

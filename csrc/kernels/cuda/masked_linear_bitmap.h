@@ -35,8 +35,7 @@ struct TilePlace {
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
-    inline TilePlace
-    tile_place(int lane, int e, bool tf32) {
+    inline TilePlace tile_place(int lane, int e, bool tf32) {
   const int g = lane / 4, t = lane % 4;
   if (tf32) return {g + 8 * (e % 2), 8 * (e / 4) + t + 4 * (e / 2 % 2)};
   return {g + 8 * (e / 2 % 2), 2 * t + e % 2 + 8 * (e / 4)};
@@ -47,9 +46,9 @@ cudaError_t tiles_words(const BitMatrix& mask, bool tf32, uint32_t* words, uint3
                         cudaStream_t stream);
 // values <- the weight's: element (r, c) is weight[r * row_stride + c * col_stride]; float32 is
 // rounded to tf32. `values` is aligned to 16 bytes and kTilesTail longer than what it holds.
-cudaError_t tiles_values(const TilesView& view, DType dtype, const void* weight,
-                         int64_t row_stride, int64_t col_stride, void* values,
-                         const DeviceLimits& limits, cudaStream_t stream);
+cudaError_t tiles_values(const TilesView& view, DType dtype, const void* weight, int64_t row_stride,
+                         int64_t col_stride, void* values, const DeviceLimits& limits,
+                         cudaStream_t stream);
 
 struct TilesArgs {
   TilesView weight;
@@ -57,14 +56,14 @@ struct TilesArgs {
   const void* values;
   ExactRows exact;  // also holds batch, x and the dense weight
   Finish finish;
-  void* y;         // batch x rows
-  float* partial;  // tiles_cut().partials values
+  void* y;          // batch x rows
+  float* partial;   // tiles_cut().partials values
   uint32_t* flags;  // tiles_cut().flags values
 };
 
 // How a product is cut: by its sizes alone, so that sums do not depend on the GPU.
 struct TilesCut {
-  int columns;          // blocks of 8 activation rows that a warp holds: 1, 2, 4 or 8
+  int columns;  // blocks of 8 activation rows that a warp holds: 1, 2, 4 or 8
   int64_t row_blocks, splits, batch_blocks;
   int64_t partials, flags;
 };

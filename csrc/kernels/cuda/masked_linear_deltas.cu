@@ -133,8 +133,8 @@ __device__ __forceinline__ uint2 load_codes(const uint8_t* codes, int64_t unit) 
 
 // A warp per segment.
 template <typename T>
-__global__ void values_kernel(DeltasView w, const T* weight, int64_t row_stride,
-                              int64_t col_stride, T* values) {
+__global__ void values_kernel(DeltasView w, const T* weight, int64_t row_stride, int64_t col_stride,
+                              T* values) {
   const int64_t segments = (w.cols + kSegmentCols - 1) / kSegmentCols;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
   for (int64_t s = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
@@ -148,8 +148,7 @@ __global__ void values_kernel(DeltasView w, const T* weight, int64_t row_stride,
       const UnitStart at = unit_start(codes, column);
       column = at.end;
       UnitValues<T> v{};
-      for_entries(codes, at.column,
-                  [&](int j, int c) { v.at[j] = row[(first + c) * col_stride]; });
+      for_entries(codes, at.column, [&](int j, int c) { v.at[j] = row[(first + c) * col_stride]; });
       if (unit < end) {
         uint4* to = reinterpret_cast<uint4*>(values + unit * kUnit);
         for (int i = 0; i < static_cast<int>(sizeof v / 16); ++i) {
@@ -159,9 +158,6 @@ __global__ void values_kernel(DeltasView w, const T* weight, int64_t row_stride,
     }
   }
 }
-
-
-
 
 // The activations of one column.
 template <typename T, int N>
@@ -208,8 +204,8 @@ __global__ void __launch_bounds__(kProductThreads)
   const int segments = static_cast<int>((w.cols + kSegmentCols - 1) / kSegmentCols);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   const int warps = static_cast<int>(blockDim.x / 32);
-  auto* x = shared_memory<Column<T, N>>();                           // piece * kSegmentCols
-  auto* part = reinterpret_cast<float*>(x + piece * kSegmentCols);   // most_rows * piece * N
+  auto* x = shared_memory<Column<T, N>>();                            // piece * kSegmentCols
+  auto* part = reinterpret_cast<float*>(x + piece * kSegmentCols);    // most_rows * piece * N
   float* total = part + static_cast<int64_t>(most_rows) * piece * N;  // most_rows * N
   const int64_t row_begin = w.bound[blockIdx.x];
   const int rows = static_cast<int>(w.bound[blockIdx.x + 1] - row_begin);
@@ -313,7 +309,9 @@ cudaError_t product(const DeltasArgs& a, const DeviceLimits& limits, cudaStream_
   return cudaSuccess;
 }
 
-dim3 grid_for(int64_t items) { return dim3(static_cast<unsigned>((items + kThreads - 1) / kThreads)); }
+dim3 grid_for(int64_t items) {
+  return dim3(static_cast<unsigned>((items + kThreads - 1) / kThreads));
+}
 
 }  // namespace
 
@@ -331,9 +329,9 @@ cudaError_t deltas_count(const BitMatrix& mask, uint32_t* counts, cudaStream_t s
 
 cudaError_t deltas_codes(const BitMatrix& mask, const DeltasView& view, uint8_t* codes,
                          int32_t* bound, cudaStream_t stream) {
-  const cudaError_t error = launch(codes_kernel, grid_for(mask.rows * view.segments()),
-                                   dim3(kThreads), 0, stream, mask, view.segments(), view.segment,
-                                   codes);
+  const cudaError_t error =
+      launch(codes_kernel, grid_for(mask.rows * view.segments()), dim3(kThreads), 0, stream, mask,
+             view.segments(), view.segment, codes);
   if (error != cudaSuccess) return error;
   return launch(bounds_kernel, grid_for(view.groups + 1), dim3(kThreads), 0, stream, view.segment,
                 view.segments(), view.rows, view.groups, bound);

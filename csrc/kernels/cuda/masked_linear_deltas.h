@@ -53,7 +53,6 @@ struct DeltasArgs {
   Finish finish;
   void* y;  // batch x rows
 };
-cudaError_t deltas_product(const DeltasArgs& args, const DeviceLimits& limits,
-                           cudaStream_t stream);
+cudaError_t deltas_product(const DeltasArgs& args, const DeviceLimits& limits, cudaStream_t stream);
 
 }  // namespace fastprune::FASTPRUNE_CUDA_NAMESPACE

@@ -111,8 +111,10 @@ def planned(x: Tensor, weight: Tensor, pattern: Pattern) -> bool:
         and type(weight) in (Tensor, torch.nn.Parameter)
         and (
             device == "cpu"
-            or device == "cuda"
-            and _has_cuda_kernel("planned_linear" if weight.dim() == 2 else "planned_conv2d")
+            or (
+                device == "cuda"
+                and _has_cuda_kernel("planned_linear" if weight.dim() == 2 else "planned_conv2d")
+            )
         )
         and not torch.compiler.is_compiling()
         and not _modes()
