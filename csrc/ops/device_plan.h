@@ -16,6 +16,7 @@
 // call alone. make_plan itself cannot be captured: it waits for the checks of the pattern.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <mutex>
 #include <vector>
@@ -31,8 +32,9 @@ struct FormKey {
   CudaForm form;
   bool transposed;
   DType dtype;
+  int64_t tile = 0;  // what else the form is made for, as the columns of a panel
   bool operator==(const FormKey& o) const {
-    return form == o.form && transposed == o.transposed && dtype == o.dtype;
+    return form == o.form && transposed == o.transposed && dtype == o.dtype && tile == o.tile;
   }
 };
 
@@ -50,15 +52,16 @@ struct FormMaker {
 
 class DevicePlan : public KeptPlan {
  public:
-  // Waits for the checks; an error where the pattern is bad.
-  DevicePlan(const PatternShape& shape, const Tensor& row_ptr, const Tensor& offset,
-             const CudaCall& call);
+  // Waits for the checks of the forward pattern; an error where it is bad.
+  DevicePlan(const PatternShape& shape, const std::array<Tensor, 4>& pattern, const CudaCall& call);
   ~DevicePlan() override;
 
   const PatternShape& shape() const { return shape_; }
   int64_t nnz() const { return nnz_; }
   // Rows x (depth * taps).
   const BitMatrix& bits() const { return bits_; }
+  // The pattern as the caller packed it, not a copy: kernels that read it check what they read.
+  PatternView pattern(bool transposed, const char* op) const;
   // On the plan's device; to be made new tensors from.
   const Tensor& words() const { return words_; }
   void check_device(const Tensor& x, const char* op) const;
@@ -79,6 +82,7 @@ class DevicePlan : public KeptPlan {
   void order(const CudaCall& call, bool capturing, const char* op);
 
   PatternShape shape_;
+  std::array<Tensor, 4> pattern_;  // row_ptr, offset, and of the transpose
   int64_t nnz_;
   Tensor words_;
   BitMatrix bits_{};

@@ -11,23 +11,29 @@ bool is_capturing(const CudaCall& call, const char* op) {
 
 int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
 
-int64_t make_plan_cuda(const Tensor& row_ptr, const Tensor& offset, const Tensor&, const Tensor&,
+int64_t make_plan_cuda(const Tensor& row_ptr, const Tensor& offset,
+                       const Tensor& transposed_row_ptr, const Tensor& transposed_offset,
                        std::vector<int64_t> shape) {
   const char* op = "make_plan";
   STD_TORCH_CHECK(shape.size() == 6, op, ": shape: expected 6 values, got ", shape.size());
   const CudaCall call(row_ptr, op);
   return register_plan(std::make_shared<DevicePlan>(
-      PatternShape{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]}, row_ptr, offset,
-      call));
+      PatternShape{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]},
+      std::array<Tensor, 4>{row_ptr, offset, transposed_row_ptr, transposed_offset}, call));
 }
 
 }  // namespace
 
-DevicePlan::DevicePlan(const PatternShape& shape, const Tensor& row_ptr, const Tensor& offset,
+DevicePlan::DevicePlan(const PatternShape& shape, const std::array<Tensor, 4>& pattern,
                        const CudaCall& call)
-    : shape_(shape), nnz_(offset.numel()), words_(row_ptr), stream_(call.stream()) {
+    : shape_(shape),
+      pattern_(pattern),
+      nnz_(pattern[1].numel()),
+      words_(pattern[0]),
+      stream_(call.stream()) {
   const char* op = "make_plan";
-  const PatternView view = validate_pattern(row_ptr, offset, row_ptr, shape, false, op);
+  const Tensor& row_ptr = pattern[0];
+  const PatternView view = this->pattern(false, op);
   constexpr int64_t kMost = int64_t{1} << 31;
   STD_TORCH_CHECK(view.rows < kMost && view.cols() < kMost, op, ": shape: expected less than ",
                   kMost, " rows and columns, got ", view.rows, " and ", view.cols());
@@ -68,6 +74,12 @@ DevicePlan::~DevicePlan() {
     cudaDeviceSynchronize();
   }
   if (written_ != nullptr) cudaEventDestroy(written_);
+}
+
+PatternView DevicePlan::pattern(bool transposed, const char* op) const {
+  const size_t first = transposed ? 2 : 0;
+  return validate_pattern(pattern_[first], pattern_[first + 1], pattern_[0], shape_, transposed,
+                          op);
 }
 
 void DevicePlan::check_device(const Tensor& x, const char* op) const {

@@ -165,8 +165,7 @@ Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tens
 Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& row_ptr,
                        const Tensor& offset, int64_t block_depth) {
   const char* op = "masked_linear_weight_grad";
-  const MaskedLinearCall call =
-      validate_masked_linear_weight_grad(grad_in, x_in, block_depth, op);
+  const MaskedLinearCall call = validate_masked_linear_weight_grad(grad_in, x_in, block_depth, op);
   const PatternView pattern = checked_pattern(row_ptr, offset, call.shape, false, op);
   return linear_weight_grad(LinearWeight{pattern, nullptr, nullptr}, call.dtype, grad_in, x_in);
 }

@@ -86,8 +86,9 @@ Tensor by_dense(const LinearProduct& p) {
   return y;
 }
 
-// Here the form `panel` plugs in: CUDA cores over a prepared pattern, kept by DevicePlan::form()
-// under FormKey{CudaForm::panel, transposed, dtype}. Nothing: it does not serve this product.
+// Here the form `panel` plugs in: CUDA cores over a weight prepared from DevicePlan::pattern(),
+// kept by DevicePlan::form() under FormKey{CudaForm::panel, transposed, dtype, tile}. Nothing: it
+// does not serve this product.
 std::optional<Tensor> by_panel(const LinearProduct&) { return std::nullopt; }
 
 Tensor multiply(const LinearProduct& p) {
