@@ -152,7 +152,7 @@ def test_absent_weights_are_absent(form: str) -> None:
     for dtype, seed in itertools.product(dtypes, (0, 1, 2)):
         emulated.configure(seed)
         g = torch.Generator().manual_seed(seed)
-        rows, cols, batch = 37, 150, min(most, 11)
+        rows, cols, batch = 37, (150, 160, 152)[seed], min(most, 11)
         mask = torch.rand(rows, cols, generator=g) < 0.5
         mask[:, 70] = False
         mask[3] = False

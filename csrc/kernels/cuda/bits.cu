@@ -71,13 +71,29 @@ __global__ void transpose_bits_kernel(const uint32_t* from, int64_t rows, int64_
   if (c + lane < cols) to[(c + lane) * to_words + r / 32] = out;
 }
 
+// What a thread moves at once, where rows are aligned to it; else an element.
+template <typename T, bool kWide>
+struct alignas(kWide ? 16 : sizeof(T)) Piece {
+  static constexpr int kCount = kWide ? 16 / static_cast<int>(sizeof(T)) : 1;
+  T at[kCount];
+};
+
 template <typename T>
+bool rows_aligned(const void* base, int64_t cols) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
+         cols % (16 / static_cast<int64_t>(sizeof(T))) == 0;
+}
+
+template <typename T, bool kWide>
 __global__ void keep_masked_kernel(const uint32_t* words, int64_t row_words, int64_t rows,
                                    int64_t cols, const T* in, T* out) {
+  using P = Piece<T, kWide>;
   for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
-    for (int64_t c = threadIdx.x; c < cols; c += kThreads) {
-      const bool kept = (words[r * row_words + c / 32] >> (c % 32) & 1u) != 0;
-      out[r * cols + c] = kept ? in[r * cols + c] : T(0);
+    for (int64_t c = P::kCount * threadIdx.x; c < cols; c += P::kCount * kThreads) {
+      const uint32_t bits = words[r * row_words + c / 32] >> (c % 32);
+      P piece = *reinterpret_cast<const P*>(in + r * cols + c);
+      for (int i = 0; i < P::kCount; ++i) piece.at[i] = (bits >> i & 1u) != 0 ? piece.at[i] : T(0);
+      *reinterpret_cast<P*>(out + r * cols + c) = piece;
     }
   }
 }
@@ -108,16 +124,22 @@ __global__ void exclusive_sums_kernel(const uint32_t* from, int64_t n, int64_t* 
   if (threadIdx.x == 0) to[n] = before;
 }
 
-template <typename T>
+// A block per row.
+template <typename T, bool kWide>
 __global__ void find_not_finite_kernel(const T* x, int64_t rows, int64_t cols, uint32_t* flags) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t r = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; r < rows;
-       r += step) {
-    bool found = false;
-    for (int64_t c = lane; c < cols; c += 32) found = found || not_finite(x[r * cols + c]);
-    found = __any_sync(0xffffffffu, found) != 0;
-    if (lane == 0) flags[r] = found ? 1 : 0;
+  using P = Piece<T, kWide>;
+  auto* any = shared_memory<uint32_t>();  // one
+  for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+    if (threadIdx.x == 0) *any = 0;
+    __syncthreads();
+    uint32_t found = 0;
+    for (int64_t c = P::kCount * threadIdx.x; c < cols; c += P::kCount * kThreads) {
+      const P piece = *reinterpret_cast<const P*>(x + r * cols + c);
+      for (int i = 0; i < P::kCount; ++i) found |= not_finite(piece.at[i]) ? 1u : 0u;
+    }
+    if (found != 0) atomicOr(any, 1u);
+    __syncthreads();
+    if (threadIdx.x == 0) flags[r] = *any;
   }
 }
 
@@ -192,9 +214,10 @@ cudaError_t keep_masked(const BitMatrix& mask, DType dtype, const void* in, void
   const dim3 grid(blocks_for(mask.rows, 1, limits));
   const auto run = [&](auto zero) {
     using T = decltype(zero);
-    return launch(keep_masked_kernel<T>, grid, dim3(kThreads), 0, stream, mask.words,
-                  mask.row_words(), mask.rows, mask.cols, static_cast<const T*>(in),
-                  static_cast<T*>(out));
+    const bool wide = rows_aligned<T>(in, mask.cols) && rows_aligned<T>(out, mask.cols);
+    return launch(wide ? keep_masked_kernel<T, true> : keep_masked_kernel<T, false>, grid,
+                  dim3(kThreads), 0, stream, mask.words, mask.row_words(), mask.rows, mask.cols,
+                  static_cast<const T*>(in), static_cast<T*>(out));
   };
   if (dtype == DType::f64) return run(uint64_t{0});
   return dtype == DType::f32 ? run(uint32_t{0}) : run(uint16_t{0});
@@ -210,8 +233,10 @@ cudaError_t find_not_finite(DType dtype, const void* x, int64_t rows, int64_t co
   if (rows == 0) return cudaSuccess;
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    return launch(find_not_finite_kernel<T>, dim3(blocks_for(rows, kWarps, limits)), dim3(kThreads),
-                  0, stream, static_cast<const T*>(x), rows, cols, flags);
+    return launch(rows_aligned<T>(x, cols) ? find_not_finite_kernel<T, true>
+                                           : find_not_finite_kernel<T, false>,
+                  dim3(blocks_for(rows, 1, limits)), dim3(kThreads), sizeof(uint32_t), stream,
+                  static_cast<const T*>(x), rows, cols, flags);
   });
 }
 
