@@ -36,7 +36,7 @@ class Pattern(NamedTuple):
         shape: the weight's shape, (out, in) or (out, in / groups, height, width).
         groups: convolution groups.
         nnz: number of entries kept.
-        plan: what eager calls on the CPU keep between them (checked, sorted entries; the values of
+        plan: what eager calls keep between them (checked entries in their own order; the values of
             the last weight); made at the first call. None: nothing is kept.
     """
 
