@@ -6,6 +6,7 @@
 #include <string>
 
 #include "kernels/cpu/isa.h"
+#include "ops/cuda_form.h"
 #include "ops/plan_registry.h"
 
 #if defined(FASTPRUNE_EMULATION)
@@ -58,6 +59,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(fastprune::isa_name(fastprune::current_isa())); });
   m.def("release_plan", &fastprune::release_plan);
   m.def("plan_bytes", &fastprune::plan_bytes);
+  m.def("set_cuda_form", [](const std::string& name) {
+    if (!fastprune::set_cuda_form(name.c_str())) {
+      throw py::value_error(
+          "form: expected 'auto', 'deltas', 'bitmap', 'tensor_core', 'panel' or 'dense', got '" +
+          name + "'");
+    }
+  });
   m.def("set_isa", [](const std::string& name) {
     if (!fastprune::set_isa(name.c_str())) {
       throw py::value_error("isa: expected one of " + std::string(fastprune::built_isas()) +

@@ -63,13 +63,12 @@ MaskedConv2dCall flattened(const MaskedConv2dCall& given) {
 
 }  // namespace
 
-ConvPanelWeight prepare_conv2d(const CudaCall& call, const MaskedConv2dCall& given,
-                               const PatternView& pattern, bool transposed,
-                               const PatternView* match, const Tensor& weight, const char* op) {
+ConvCut cut_conv2d(const CudaCall& call, const MaskedConv2dCall& given, const PatternView& pattern,
+                   bool transposed) {
   const MaskedConv2dCall c = flattened(given);
   const AxisSizes sizes[2] = {axis_sizes(c, 0), axis_sizes(c, 1)};
   const TapAxis axes[2] = {tap_axis(sizes[0], transposed), tap_axis(sizes[1], transposed)};
-  ConvPanelWeight made{};
+  ConvCut made{};
   made.y = axis_parts(sizes[0], axes[0], transposed);
   made.x = axis_parts(sizes[1], axes[1], transposed);
   made.covers =
@@ -82,8 +81,17 @@ ConvPanelWeight prepare_conv2d(const CudaCall& call, const MaskedConv2dCall& giv
   for (const ConvAxisPart& part : made.x) width = part.points > width ? part.points : width;
   made.tile = conv_tile(pattern, axes[0], axes[1], c.dtype, c.batch < 1 ? 1 : c.batch, height,
                         width, least, call.limits());
-  made.panel = prepare_panel(call, pattern, transposed, match, weight, made.tile.layout, op);
   return made;
+}
+
+ConvPanelWeight prepare_conv2d(const CudaCall& call, const MaskedConv2dCall& c,
+                               const PatternView& pattern, bool transposed,
+                               const PatternView* match, const Tensor& weight, const char* op) {
+  const ConvCut cut = cut_conv2d(call, c, pattern, transposed);
+  const Tensor contiguous = dense(weight);
+  const PanelWeight panel = new_panel(pattern, c.dtype, cut.tile.layout, contiguous, op);
+  fill_panel(call, panel, transposed, match, contiguous, cut.tile.layout, op);
+  return ConvPanelWeight{panel, cut};
 }
 
 Tensor conv2d_product(const CudaCall& call, const MaskedConv2dCall& given,
@@ -95,8 +103,8 @@ Tensor conv2d_product(const CudaCall& call, const MaskedConv2dCall& given,
   const std::array<int64_t, 4> sizes{given.batch, p.rows,
                                      transposed ? given.height : given.out_height,
                                      transposed ? given.width : given.out_width};
-  Tensor target = weight.covers ? torch::stable::new_empty(source, sizes)
-                                : torch::stable::new_zeros(source, sizes);
+  Tensor target = weight.cut.covers ? torch::stable::new_empty(source, sizes)
+                                    : torch::stable::new_zeros(source, sizes);
   std::optional<Tensor> residual = epilogue.residual;
   if (residual.has_value()) residual = dense(*residual);
   PanelConvArgs args{p.rows,
@@ -114,13 +122,13 @@ Tensor conv2d_product(const CudaCall& call, const MaskedConv2dCall& given,
                      {},
                      {},
                      weight.panel.view(),
-                     weight.tile,
+                     weight.cut.tile,
                      epilogue.bias.has_value() ? epilogue.bias->const_data_ptr() : nullptr,
                      residual.has_value() ? residual->const_data_ptr() : nullptr,
                      epilogue.relu,
                      target.mutable_data_ptr()};
-  for (const ConvAxisPart& y : weight.y) {
-    for (const ConvAxisPart& x : weight.x) {
+  for (const ConvAxisPart& y : weight.cut.y) {
+    for (const ConvAxisPart& x : weight.cut.x) {
       args.y = y;
       args.x = x;
       check_launch(masked_conv2d_panel(args, call.limits(), call.stream()), op);

@@ -12,13 +12,19 @@ namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 
 // A convolution's weight in the form that calls of one geometry read (all sizes of MaskedConv2dCall
 // but its dtype included). Kept by a plan for as long as weight, pattern and geometry stay.
-struct ConvPanelWeight {
-  PanelWeight panel;
+struct ConvCut {
   ConvTile tile;
   std::vector<ConvAxisPart> y, x;  // the classes along either axis: their products are apart
   bool covers;                     // whether those write every pixel of the result
 };
+struct ConvPanelWeight {
+  PanelWeight panel;
+  ConvCut cut;
+};
 
+// How calls of a geometry are cut; `pattern`: of the direction.
+ConvCut cut_conv2d(const CudaCall& call, const MaskedConv2dCall& c, const PatternView& pattern,
+                   bool transposed);
 // `pattern`: of the direction, `transposed` for the input gradient; `match`: the forward pattern
 // that a transposed one must agree with, or null where it is known to.
 ConvPanelWeight prepare_conv2d(const CudaCall& call, const MaskedConv2dCall& c,

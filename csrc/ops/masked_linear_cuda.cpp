@@ -7,8 +7,11 @@ LinearPanelWeight prepare_linear(const CudaCall& call, const PatternView& patter
                                  const char* op) {
   const LinearTile tile =
       linear_tile(pattern, dtype_of(weight, op, "weight"), batch, call.limits());
-  return LinearPanelWeight{prepare_panel(call, pattern, transposed, match, weight, tile.layout, op),
-                           tile};
+  const Tensor contiguous = dense(weight);
+  const PanelWeight panel =
+      new_panel(pattern, dtype_of(contiguous, op, "weight"), tile.layout, contiguous, op);
+  fill_panel(call, panel, transposed, match, contiguous, tile.layout, op);
+  return LinearPanelWeight{panel, tile};
 }
 
 Tensor linear_product(const CudaCall& call, const LinearPanelWeight& weight, const Tensor& x_in,

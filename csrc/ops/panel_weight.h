@@ -20,35 +20,37 @@ struct PanelWeight {
   }
 };
 
-// `weight`: dense, on the pattern's device.
-inline PanelWeight prepare_panel(const CudaCall& call, const PatternView& pattern, bool transposed,
-                                 const PatternView* match, const Tensor& weight_in,
-                                 const PanelLayout& layout, const char* op) {
-  const DType dtype = dtype_of(weight_in, op, "weight");
-  const Tensor weight = dense(weight_in);
+// Memory for it, uninitialized, where `like` is.
+inline PanelWeight new_panel(const PatternView& pattern, DType dtype, const PanelLayout& layout,
+                             const Tensor& like, const char* op) {
   STD_TORCH_CHECK(pattern.rows < (int64_t{1} << 31), op, ": weight: expected fewer than 2^31 rows");
-  if (match != nullptr) {
-    STD_TORCH_CHECK(match->nnz == pattern.nnz, op, ": transposed_offset: expected the ", match->nnz,
-                    " entries of offset, got ", pattern.nnz);
-  }
   const int64_t bytes =
       checked_product(panel_entries(pattern, layout), panel_entry_bytes(dtype), op);
-  PanelWeight made{
-      pattern, torch::stable::new_empty(weight, {bytes}, ScalarType::Byte),
-      torch::stable::new_empty(weight, {2 * panel_bounds(pattern, layout)}, ScalarType::Int),
-      torch::stable::new_empty(weight, {panel_windows(pattern) * kPanelWindow}, ScalarType::Int)};
-  const PanelWeightArgs args{pattern,
+  return PanelWeight{
+      pattern, torch::stable::new_empty(like, {bytes}, ScalarType::Byte),
+      torch::stable::new_empty(like, {2 * panel_bounds(pattern, layout)}, ScalarType::Int),
+      torch::stable::new_empty(like, {panel_windows(pattern) * kPanelWindow}, ScalarType::Int)};
+}
+
+// `weight`: dense, contiguous, on the pattern's device.
+inline void fill_panel(const CudaCall& call, const PanelWeight& made, bool transposed,
+                       const PatternView* match, const Tensor& weight, const PanelLayout& layout,
+                       const char* op) {
+  if (match != nullptr) {
+    STD_TORCH_CHECK(match->nnz == made.pattern.nnz, op, ": transposed_offset: expected the ",
+                    match->nnz, " entries of offset, got ", made.pattern.nnz);
+  }
+  const PanelWeightArgs args{made.pattern,
                              transposed,
                              match == nullptr ? nullptr : match->row_ptr,
                              match == nullptr ? nullptr : match->offset,
                              match == nullptr ? 1 : match->block_depth,
-                             dtype,
+                             dtype_of(weight, op, "weight"),
                              weight.const_data_ptr(),
                              layout,
                              made.view(),
                              call.fault()};
   check_launch(prepare_panel_weight(args, call.limits(), call.stream()), op);
-  return made;
 }
 
 // A dense gradient, with zeros where the pattern has no entry.

@@ -192,13 +192,18 @@ void scatter_to_dense(const PatternView& forward, DType dtype, const void* value
                  });
 }
 
-std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& x,
-                                   const char* op) {
-  if (!bias.has_value()) return std::nullopt;
+void check_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& x, const char* op) {
+  if (!bias.has_value()) return;
   check_same_device(*bias, x, op, "bias", "x");
   check_dim(*bias, 1, op, "bias");
   check_size(*bias, 0, rows, op, "bias");
   check_dtype(*bias, x.scalar_type(), op, "bias");
+}
+
+std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& x,
+                                   const char* op) {
+  check_bias(bias, rows, x, op);
+  if (!bias.has_value()) return std::nullopt;
   return dense(torch::stable::to(*bias, accumulator_type(dtype_of(*bias, op, "bias"))));
 }
 

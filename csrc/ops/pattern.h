@@ -34,7 +34,9 @@ Tensor transposed_values(const PatternView& forward, const PatternView& transpos
 void scatter_to_dense(const PatternView& forward, DType dtype, const void* values,
                       Tensor& weight_grad);
 
-// Bias in the accumulator type, or nothing; checked against x and the number of rows.
+// The bias against x and the number of rows.
+void check_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& x, const char* op);
+// Bias in the accumulator type, or nothing; checked.
 std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& x,
                                    const char* op);
 

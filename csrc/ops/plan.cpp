@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstring>
-#include <unordered_map>
 
 namespace fastprune {
 namespace {
@@ -10,34 +9,13 @@ namespace {
 constexpr size_t kKeptTranslations = 4;
 constexpr int64_t kProbes = 32;
 
-struct Registry {
-  std::mutex mutex;
-  std::unordered_map<int64_t, std::shared_ptr<Plan>> plans;
-  int64_t next = 1;
-};
-// Never destroyed: layers may be released after static destructors have begun.
-Registry& registry() {
-  static Registry* const all = new Registry;
-  return *all;
-}
-
-std::shared_ptr<Plan> lookup(int64_t id) {
-  Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
-  const auto found = r.plans.find(id);
-  return found == r.plans.end() ? nullptr : found->second;
-}
-
 int64_t make_plan(const Tensor& row_ptr, const Tensor& offset, const Tensor& transposed_row_ptr,
                   const Tensor& transposed_offset, std::vector<int64_t> shape) {
   STD_TORCH_CHECK(shape.size() == 6, "make_plan: shape: expected 6 values, got ", shape.size());
   auto plan = std::make_shared<Plan>(
       PatternShape{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]}, row_ptr, offset,
       transposed_row_ptr, transposed_offset);
-  Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
-  r.plans.emplace(r.next, std::move(plan));
-  return r.next++;
+  return register_plan(std::move(plan));
 }
 
 // The bits of a weight element as the accumulator type holds it.
@@ -59,31 +37,17 @@ uint64_t widened_bits(const void* weight, DType dtype, int64_t i) {
 
 }  // namespace
 
-bool release_plan(int64_t id) {
-  std::shared_ptr<Plan> plan;  // destroyed after the lock is gone
-  Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
-  const auto found = r.plans.find(id);
-  if (found == r.plans.end()) return false;
-  plan = std::move(found->second);
-  r.plans.erase(found);
-  return true;
-}
-
-int64_t plan_bytes(int64_t id) {
-  const std::shared_ptr<Plan> plan = lookup(id);
-  return plan == nullptr ? -1 : plan->bytes();
-}
-
-std::shared_ptr<Plan> find_plan(int64_t id, const PatternShape& shape, const char* op) {
-  std::shared_ptr<Plan> plan = lookup(id);
-  STD_TORCH_CHECK(plan != nullptr, op, ": plan: expected the number of a live plan, got ", id);
-  const PatternShape& has = plan->shape();
+void check_plan_shape(const PatternShape& has, const PatternShape& shape, const char* op) {
   STD_TORCH_CHECK(has.rows == shape.rows && has.groups == shape.groups &&
                       has.depth == shape.depth && has.taps == shape.taps,
                   op, ": plan: expected one for ", shape.rows, " rows of ", shape.depth, " x ",
                   shape.taps, " in ", shape.groups, " groups, got ", has.rows, " rows of ",
                   has.depth, " x ", has.taps, " in ", has.groups);
+}
+
+std::shared_ptr<Plan> find_plan(int64_t id, const PatternShape& shape, const char* op) {
+  auto plan = live_plan<Plan>(id, op);
+  check_plan_shape(plan->shape(), shape, op);
   return plan;
 }
 

@@ -26,7 +26,7 @@ struct Translation {
   Shared offset;
 };
 
-class Plan {
+class Plan : public KeptPlan {
  public:
   Plan(const PatternShape& shape, const Tensor& row_ptr, const Tensor& offset,
        const Tensor& transposed_row_ptr, const Tensor& transposed_offset);
@@ -54,7 +54,7 @@ class Plan {
   // values.
   std::vector<int64_t> balanced(bool transposed, int64_t parts);
 
-  int64_t bytes();
+  int64_t bytes() override;
 
  private:
   struct Direction {
@@ -97,6 +97,18 @@ class Plan {
   Source source_{nullptr, -1, DType::f32};
   std::vector<Probe> probes_;
 };
+
+// The plan of that number and of that kind of device; an error names the op.
+template <typename P>
+std::shared_ptr<P> live_plan(int64_t id, const char* op) {
+  const std::shared_ptr<KeptPlan> plan = kept_plan(id);
+  STD_TORCH_CHECK(plan != nullptr, op, ": plan: expected the number of a live plan, got ", id);
+  auto of_kind = std::dynamic_pointer_cast<P>(plan);
+  STD_TORCH_CHECK(of_kind != nullptr, op,
+                  ": plan: expected one that was made on the device of the tensors, got ", id);
+  return of_kind;
+}
+void check_plan_shape(const PatternShape& has, const PatternShape& shape, const char* op);
 
 // The plan of that number, checked against the weight's sizes; an error names the op.
 std::shared_ptr<Plan> find_plan(int64_t id, const PatternShape& shape, const char* op);

@@ -1,28 +1,30 @@
 // The ops that take a plan instead of a raw pattern: what eager calls use. `version` counts the
-// weight's changes in place, -1 when that is unknown; `layout` is one of ops/product.h.
+// weight's changes in place, -1 when that is unknown; `layout` is one of ops/product.h;
+// `tf32` allows GPUs to round the factors of float32 products, as torch's flag does.
 #include <vector>
 
 #include "ops/conv_products.h"
 #include "ops/masked_linear.h"
 
 namespace fastprune {
-namespace {
 
-Layout checked_layout(int64_t layout, const char* op) {
+Layout check_layout(int64_t layout, const char* op) {
   STD_TORCH_CHECK(layout >= 0 && layout <= 2, op, ": layout: expected 0, 1 or 2, got ", layout);
   return static_cast<Layout>(layout);
 }
 
 void check_residual(const std::optional<Tensor>& residual, const std::vector<int64_t>& sizes,
-                    ScalarType dtype, const char* op) {
+                    const Tensor& x, const char* op) {
   if (!residual.has_value()) return;
-  check_cpu(*residual, op, "residual");
-  check_dtype(*residual, dtype, op, "residual");
+  check_same_device(*residual, x, op, "residual", "x");
+  check_dtype(*residual, x.scalar_type(), op, "residual");
   check_dim(*residual, static_cast<int64_t>(sizes.size()), op, "residual");
   for (size_t i = 0; i < sizes.size(); ++i) {
     check_size(*residual, static_cast<int64_t>(i), sizes[i], op, "residual");
   }
 }
+
+namespace {
 
 // A plan's side of a product; holds what must outlive it.
 struct Planned {
@@ -60,18 +62,18 @@ struct Planned {
 
 Tensor planned_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                       int64_t plan, int64_t version, const std::optional<Tensor>& residual,
-                      bool relu, int64_t layout) {
+                      bool relu, int64_t layout, bool) {
   const char* op = "planned_linear";
   const MaskedLinearCall call = validate_masked_linear(x, "x", weight, 1, 1, false, op);
   const Planned planned(plan, call.shape, weight, version, op);
-  check_residual(residual, {call.batch, call.shape.rows}, x.scalar_type(), op);
+  check_residual(residual, {call.batch, call.shape.rows}, x, op);
   return linear_product(planned.weight, false, call.dtype, x,
                         Epilogue{checked_bias(bias, call.shape.rows, x, op), residual, relu},
-                        checked_layout(layout, op));
+                        check_layout(layout, op));
 }
 
 Tensor planned_linear_input_grad(const Tensor& grad, const Tensor& weight, int64_t plan,
-                                 int64_t version) {
+                                 int64_t version, bool) {
   const char* op = "planned_linear_input_grad";
   const MaskedLinearCall call = validate_masked_linear(grad, "grad", weight, 1, 1, true, op);
   const Planned planned(plan, call.shape, weight, version, op);
@@ -110,10 +112,10 @@ Tensor planned_conv2d(const Tensor& x, const Tensor& weight, const std::optional
   const MaskedConv2dCall c =
       conv_call(x, x.sizes(), weight.sizes(), stride, padding, dilation, groups, op);
   const Planned planned(plan, c.shape, false, &weight, version, op);
-  check_residual(residual, {c.batch, c.shape.rows, c.out_height, c.out_width}, x.scalar_type(), op);
+  check_residual(residual, {c.batch, c.shape.rows, c.out_height, c.out_width}, x, op);
   return conv_forward(c, planned.weight, x,
                       Epilogue{checked_bias(bias, c.shape.rows, x, op), residual, relu},
-                      checked_layout(layout, op));
+                      check_layout(layout, op));
 }
 
 Tensor planned_conv2d_input_grad(const Tensor& grad, const Tensor& weight, int64_t plan,
@@ -150,8 +152,10 @@ Tensor planned_conv2d_weight_grad(const Tensor& grad, const Tensor& x, int64_t p
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
   m.def(
       "planned_linear(Tensor x, Tensor weight, Tensor? bias, int plan, int version, "
-      "Tensor? residual, bool relu, int layout) -> Tensor");
-  m.def("planned_linear_input_grad(Tensor grad, Tensor weight, int plan, int version) -> Tensor");
+      "Tensor? residual, bool relu, int layout, bool tf32=False) -> Tensor");
+  m.def(
+      "planned_linear_input_grad(Tensor grad, Tensor weight, int plan, int version, "
+      "bool tf32=False) -> Tensor");
   m.def("planned_linear_weight_grad(Tensor grad, Tensor x, int plan) -> Tensor");
   m.def(
       "planned_conv2d(Tensor x, Tensor weight, Tensor? bias, int plan, int version, int[] stride, "

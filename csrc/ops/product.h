@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "ops/plan.h"
 
@@ -22,6 +23,11 @@ using ConvWeight = ProductWeight;
 
 // How results are stored: contiguous, or with the batch innermost, as far as the kernel can.
 enum class Layout : int64_t { contiguous = 0, like_input = 1, batch_last = 2 };
+
+Layout check_layout(int64_t layout, const char* op);
+// A residual against the sizes of the result.
+void check_residual(const std::optional<Tensor>& residual, const std::vector<int64_t>& sizes,
+                    const Tensor& x, const char* op);
 
 // What inference fuses into a product: the result is rounded, the residual added, ReLU applied.
 struct Epilogue {

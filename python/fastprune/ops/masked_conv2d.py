@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprune import reference
+from fastprune.ops.backend import has_kernel
 from fastprune.ops.pattern import (
     Pattern,
     as_pattern,
@@ -16,7 +17,6 @@ from fastprune.ops.pattern import (
     below_autograd,
     check_operands,
     check_weight_grad,
-    has_cuda_kernel,
     needs_grad,
     recorder,
 )
@@ -343,7 +343,7 @@ def weight_grad_on_cuda(
     return reference.masked_conv2d_weight_grad(grad, x, mask, *geometry)
 
 
-if not has_cuda_kernel("masked_conv2d"):
+if not has_kernel("masked_conv2d", "cuda"):
     torch.library.register_kernel("fastprune::masked_conv2d", "cuda", on_cuda)
     torch.library.register_kernel("fastprune::masked_conv2d_input_grad", "cuda", input_grad_on_cuda)
     torch.library.register_kernel(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastprune import reference
+from fastprune.ops.backend import has_kernel
 from fastprune.ops.pattern import (
     Pattern,
     as_pattern,
@@ -16,11 +17,10 @@ from fastprune.ops.pattern import (
     below_autograd,
     check_operands,
     check_weight_grad,
-    has_cuda_kernel,
     needs_grad,
     recorder,
 )
-from fastprune.ops.plan import LIKE_INPUT, READ_ANEW, planned
+from fastprune.ops.plan import LIKE_INPUT, READ_ANEW, planned, tf32
 
 
 def masked_linear(
@@ -101,7 +101,7 @@ def apply_linear(
             )
         else:
             y = torch.ops.fastprune.planned_linear.default(
-                flat, weight, bias, number, version, None, False, layout
+                flat, weight, bias, number, version, None, False, layout, tf32(x)
             )
     else:
         y = recorder(MaskedLinearFunction, torch.ops.fastprune.masked_linear)(
@@ -139,9 +139,10 @@ class PlannedLinearFunction(torch.autograd.Function):
         ctx.pattern = pattern  # keeps the plan alive
         read = version | READ_ANEW if version >= 0 and weight.requires_grad else version
         ctx.number, ctx.version, ctx.dense_weight_grad = number, version, dense_weight_grad
+        ctx.tf32 = tf32(x)
         with below_autograd():
             y: Tensor = torch.ops.fastprune.planned_linear.default(
-                x, weight, bias, number, read, None, False, layout
+                x, weight, bias, number, read, None, False, layout, ctx.tf32
             )
         return y
 
@@ -153,7 +154,9 @@ class PlannedLinearFunction(torch.autograd.Function):
         ops = torch.ops.fastprune
         x_grad = weight_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = ops.planned_linear_input_grad.default(grad, weight, ctx.number, ctx.version)
+            x_grad = ops.planned_linear_input_grad.default(
+                grad, weight, ctx.number, ctx.version, ctx.tf32
+            )
         if ctx.needs_input_grad[1]:
             weight_grad = (
                 grad.t() @ x
@@ -249,7 +252,7 @@ def weight_grad_on_cuda(
     return reference.masked_linear_weight_grad(grad, x, mask)
 
 
-if not has_cuda_kernel("masked_linear"):
+if not has_kernel("masked_linear", "cuda"):
     torch.library.register_kernel("fastprune::masked_linear", "cuda", on_cuda)
     torch.library.register_kernel("fastprune::masked_linear_input_grad", "cuda", input_grad_on_cuda)
     torch.library.register_kernel(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastprune.ops.backend import has_kernel
 from fastprune.ops.plan import Plan
 
 # Activations of one block of columns take 32 KB at 128 columns of 64 floats, and stay in the L1
@@ -40,7 +41,7 @@ class Pattern(NamedTuple):
         shape: the weight's shape, (out, in) or (out, in / groups, height, width).
         groups: convolution groups.
         nnz: number of entries kept.
-        plan: what eager calls on the CPU keep between them (checked, sorted entries; the values of
+        plan: what eager calls keep between them (checked entries in their own order; the values of
             the last weight); made at the first call. None: nothing is kept.
     """
 
@@ -89,14 +90,6 @@ def cuda_block_depth(depth: int, taps: int) -> int:
     return max(1, min(cols // taps, depth))
 
 
-def has_cuda_kernel(op: str) -> bool:
-    """Whether this build has a CUDA kernel of ``op``; else the plain-torch reference stands in."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprune::{op}", "CUDA")
-
-
-_pack_on_cuda = has_cuda_kernel("pack_pattern")
-
-
 def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
     """Pack the mask of a linear or 2-d convolution weight for the sparse products.
 
@@ -127,7 +120,7 @@ def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
     depth, taps = mask.shape[1], mask.shape[2] * mask.shape[3] if mask.dim() == 4 else 1
     if taps < 1 or taps > _MAX_BLOCK_COLS:
         raise ValueError(f"mask: expected 1 to {_MAX_BLOCK_COLS} kernel positions, got {taps}")
-    on_cuda = mask.device.type == "cuda" and _pack_on_cuda
+    on_cuda = mask.device.type == "cuda" and has_kernel("pack_pattern", "cuda")
     flat = (mask.detach() if on_cuda else mask.detach().to("cpu")).reshape(rows, depth * taps)
     if on_cuda:
         blocks = cuda_block_depth(depth, taps), cuda_block_depth(rows // groups, taps)
@@ -262,7 +255,7 @@ class ApplyMask(torch.autograd.Function):
 
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """W * M as a dense tensor, differentiable; a NaN outside the mask does not survive."""
-    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_kernel("apply_mask", weight.device.type):
         return torch.where(mask, weight, 0.0)
     return ApplyMask.apply(weight, mask)  # type: ignore[no-any-return]
 

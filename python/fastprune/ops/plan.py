@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprune import _C
+from fastprune.ops.backend import has_kernel
 
 if TYPE_CHECKING:
     from fastprune.ops.pattern import Pattern
@@ -93,16 +94,29 @@ _tracing = getattr(torch._C, "_get_tracing_state", lambda: None)
 
 
 def planned(x: Tensor, weight: Tensor, pattern: Pattern) -> bool:
-    """Whether a call goes through its plan: eager, on the CPU, and with nobody recording it.
+    """Whether a call goes through its plan: eager, where there are kernels for plans, not recorded.
 
-    A recorded call must not hold a plan's number, which means nothing in another process.
+    On the CPU there always are; on a GPU where the build has them for this kind of layer. A
+    recorded call must not hold a plan's number, which means nothing in another process.
     """
+    device = weight.device.type
     return (
         pattern.plan is not None
         and type(x) in (Tensor, torch.nn.Parameter)
         and type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
+        and has_kernel("planned_linear" if weight.dim() == 2 else "planned_conv2d", device)
         and not torch.compiler.is_compiling()
         and not _modes()
         and _tracing() is None
     )
+
+
+def tf32(x: Tensor) -> bool:
+    """Whether products of ``x`` may round their factors to tf32: as torch's own on this device."""
+    if x.dtype is not torch.float32 or x.device.type != "cuda":
+        return False
+    # The older setting cannot be read where the newer one (torch 2.9) was used.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if precision == "none":
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    return bool(precision == "tf32")

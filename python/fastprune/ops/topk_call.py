@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprune import reference
+from fastprune.ops.backend import has_kernel
 from fastprune.ops.topk_checks import OP, expected_float, labels_of, scales_of, tensors
 from fastprune.reference.global_topk_mask import fuse_score, pack_bits, rows_of
 
@@ -156,7 +157,7 @@ class TopkCall:
         """The masks of every selection: one per count with scope global or filter, else one."""
         with torch.no_grad():
             device = self.values[0].device.type
-            if device == "cuda" and has_cuda_kernel():
+            if device == "cuda" and has_kernel(OP, device):
                 return self.run_on_cuda(torch.ops.fastprune, counts)
             if device not in ("cpu", "meta"):
                 return self._by_reference(counts)
@@ -293,11 +294,6 @@ class TopkCall:
             message,
         )
         return re.sub(r"counts(\[\d+\])?", "k", message).replace("all values", "all scores")
-
-
-def has_cuda_kernel() -> bool:
-    """Whether this build has the selection for CUDA tensors."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("fastprune::global_topk_mask", "CUDA")
 
 
 def lamp_of(values: list[Tensor], within: list[Tensor]) -> list[Tensor]:

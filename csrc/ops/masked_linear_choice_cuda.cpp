@@ -1,0 +1,86 @@
+#include "ops/masked_linear_choice_cuda.h"
+
+namespace fastprune {
+namespace {
+
+enum class Kind { half, tf32, strict, f64 };  // half: bfloat16 and float16
+
+// The first rule that holds decides: batches to `batch`, densities to `density`.
+struct Rule {
+  Kind kind;
+  int64_t batch;
+  double density;
+  CudaForm form;
+};
+
+constexpr int64_t kAnyBatch = int64_t{1} << 62;
+
+// By analysis (bytes, shared memory and matrix rate of an H200); not yet measured on a GPU.
+// half, batch 1: deltas are 3 d bytes per weight and bitmaps 2 d + 0.13, equal at d = 0.13, but
+// expanding bitmaps takes about as many instructions at any density (kernels/README.md). The
+// activations that deltas gather per entry cost them more with the batch. From a batch of 64 on the
+// matrix rate of fragments that warps load stands against dense.
+constexpr Rule kRules[] = {
+    {Kind::half, 2, 0.25, CudaForm::deltas},
+    {Kind::half, 8, 0.12, CudaForm::deltas},
+    {Kind::half, 8, 0.65, CudaForm::bitmap},
+    {Kind::half, 16, 0.12, CudaForm::deltas},
+    {Kind::half, 32, 0.06, CudaForm::deltas},
+    {Kind::half, 32, 0.60, CudaForm::tensor_core},
+    {Kind::half, 64, 0.50, CudaForm::tensor_core},
+    {Kind::half, kAnyBatch, 0.04, CudaForm::panel},
+    {Kind::tf32, 4, 0.60, CudaForm::deltas},
+    {Kind::tf32, 8, 0.40, CudaForm::deltas},
+    {Kind::tf32, 64, 0.60, CudaForm::tensor_core},
+    {Kind::tf32, kAnyBatch, 0.04, CudaForm::panel},
+    {Kind::strict, 4, 0.60, CudaForm::deltas},
+    {Kind::strict, 8, 0.40, CudaForm::deltas},
+    {Kind::strict, kAnyBatch, 0.33, CudaForm::panel},
+    {Kind::f64, kAnyBatch, 0.10, CudaForm::panel},
+};
+
+constexpr int64_t kDeltasBatch = 32, kBitmapBatch = 8, kTensorCoreBatch = 128;
+constexpr int64_t kTilesCols = int64_t{1} << 28;  // values of a strip are counted in 32 bits
+
+Kind kind_of(const CudaProduct& p) {
+  if (p.dtype == DType::f64) return Kind::f64;
+  if (p.dtype == DType::f32) return p.tf32 ? Kind::tf32 : Kind::strict;
+  return Kind::half;
+}
+
+}  // namespace
+
+bool cuda_form_serves(CudaForm form, const CudaProduct& p) {
+  const Kind kind = kind_of(p);
+  const bool tensor_cores = kind == Kind::half || kind == Kind::tf32;
+  switch (form) {
+    case CudaForm::automatic:
+      return false;
+    case CudaForm::deltas:
+      return kind != Kind::f64 && p.batch <= kDeltasBatch && p.nnz > 0;
+    case CudaForm::bitmap:
+      return tensor_cores && p.batch <= kBitmapBatch && p.cols < kTilesCols && p.nnz > 0;
+    case CudaForm::tensor_core:
+      return tensor_cores && p.batch <= kTensorCoreBatch && p.cols < kTilesCols && p.nnz > 0;
+    case CudaForm::panel:
+      return p.nnz > 0;
+    default:
+      return true;
+  }
+}
+
+CudaForm choose_cuda_form(const CudaProduct& p) {
+  const CudaForm wanted = wanted_cuda_form();
+  if (cuda_form_serves(wanted, p)) return wanted;
+  const double density =
+      static_cast<double>(p.nnz) / static_cast<double>(p.rows) / static_cast<double>(p.cols);
+  for (const Rule& rule : kRules) {
+    if (rule.kind == kind_of(p) && p.batch <= rule.batch && density <= rule.density &&
+        cuda_form_serves(rule.form, p)) {
+      return rule.form;
+    }
+  }
+  return CudaForm::dense;
+}
+
+}  // namespace fastprune
