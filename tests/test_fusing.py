@@ -257,3 +257,20 @@ def test_layout_functions() -> None:
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         other = torch.randn(37, 5, 3, 3).to(dtype)
         assert torch.equal(layout.contiguous(layout.batch_last(other)), other)
+
+
+@pytest.mark.parametrize("batch_last", [False, True])
+@pytest.mark.parametrize("add", ["function", "inplace"] if "inplace" in ADDS else list(ADDS)[:2])
+def test_finalize_undoes_the_fusing(add: str, batch_last: bool) -> None:
+    model = make(Net(ADDS[add]))
+    x = torch.randn(3, 3, 8, 8)
+    fused = fuse(model, (x,), batch_last=batch_last)
+    assert fused is not None
+    plain = fp.finalize(fused)
+    with torch.no_grad():
+        expected = model(x)
+        close(fused(x), expected)
+        close(plain(x), expected)
+    assert not any(isinstance(m, fp.nn.MaskedConv2d) for m in plain.modules())
+    keys = {k for k in model.state_dict() if not k.endswith("weight_mask")}
+    assert plain.state_dict().keys() == keys

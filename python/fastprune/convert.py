@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastprune import folding
+from fastprune.fusing import unfuse_
 from fastprune.kernel_choice import choose_kernel, choose_whole, record_inputs
 from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear
 from fastprune.report import LayerReport, Report, machine
@@ -107,6 +108,9 @@ def finalize(model: nn.Module) -> nn.Module:
     ``strict=True``. ``model`` is not changed.
     """
     plain = copy.deepcopy(model)
+    for part in plain.modules():
+        if isinstance(part, fx.GraphModule):
+            unfuse_(part)
     for name, layer in list(plain.named_modules()):
         if isinstance(layer, MaskedLayer):
             plain = _replace(plain, name, _plain(layer))

@@ -87,6 +87,34 @@ def fuse(
     return traced
 
 
+def unfuse_(traced: fx.GraphModule) -> None:
+    """Give a fused convolution's BatchNorm, addition and ReLU nodes of their own again, in place.
+
+    For a graph whose sparse convolutions are to become plain ones, which do none of these.
+    """
+    names = {id(m): name for name, m in traced.named_modules()}
+    for node in list(traced.graph.nodes):
+        layer = _module(traced, node)
+        if not isinstance(layer, MaskedConv2d):
+            continue
+        users, last = list(node.users), node
+        if layer._norm:
+            with traced.graph.inserting_after(last):
+                last = traced.graph.call_module(names[id(layer._norm[0])], (last,))
+        if len(node.args) > 1:
+            residual = node.args[1]
+            node.args = node.args[:1]
+            with traced.graph.inserting_after(last):
+                last = traced.graph.call_function(torch.add, (last, residual))
+        if layer.fused_relu:
+            with traced.graph.inserting_after(last):
+                last = traced.graph.call_function(torch.relu, (last,))
+        for user in users:
+            user.replace_input_with(node, last)
+    traced.graph.lint()
+    traced.recompile()
+
+
 def fuse_relu_(model: nn.Module) -> int:
     """Give each BatchNorm the ``nn.ReLU`` that follows it, in place; for training too.
 

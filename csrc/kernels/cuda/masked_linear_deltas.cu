@@ -176,22 +176,26 @@ __device__ __forceinline__ void add_unit(float (&sum)[N], uint2 codes, const Uni
   });
 }
 
-// The warp's sums of N values: lane i holds that of value i / (32 / N).
-template <int N>
-__device__ __forceinline__ float sum_over_warp(float (&v)[N]) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  int o = 16;
-#pragma unroll
-  for (int half = N / 2; half > 0; half /= 2, o /= 2) {
-    const bool upper = (lane & o) != 0;
+// The warp's sums of N values: lane i holds that of value i / (32 / N). Lanes 32 / N * 2^k apart
+// exchange halves of what they hold. A template, so that every index is a constant.
+template <int kHeld, int N>
+__device__ __forceinline__ void halve_over_warp(float (&v)[N]) {
+  constexpr int half = kHeld / 2, apart = 16 * kHeld / N;
+  if constexpr (half > 0) {
+    const bool upper = (static_cast<int>(threadIdx.x) & apart) != 0;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
       const float given = upper ? v[i] : v[i + half];
-      v[i] = (upper ? v[i + half] : v[i]) + __shfl_xor_sync(kAll, given, o);
+      v[i] = (upper ? v[i + half] : v[i]) + __shfl_xor_sync(kAll, given, apart);
     }
+    halve_over_warp<half>(v);
   }
+}
+template <int N>
+__device__ __forceinline__ float sum_over_warp(float (&v)[N]) {
+  halve_over_warp<N>(v);
 #pragma unroll
-  for (int left = 32 / N; left > 1; left /= 2, o /= 2) v[0] += __shfl_xor_sync(kAll, v[0], o);
+  for (int apart = 16 / N; apart > 0; apart /= 2) v[0] += __shfl_xor_sync(kAll, v[0], apart);
   return v[0];
 }
 

@@ -129,10 +129,12 @@ struct Bounds {
 };
 struct BothBounds {
   Bounds of[2];
+  // Not by index: that would copy the parameters to local memory.
+  __device__ Bounds picked(unsigned i) const { return i == 0 ? of[0] : of[1]; }
 };
 
 __global__ void sum_chunks_kernel(BothBounds both) {
-  const Bounds& b = both.of[blockIdx.y];
+  const Bounds b = both.picked(blockIdx.y);
   const int64_t first = blockIdx.x * kChunk;
   if (first >= b.n) return;
   int64_t sum = 0, total = 0;
@@ -144,7 +146,7 @@ __global__ void sum_chunks_kernel(BothBounds both) {
 }
 
 __global__ void sum_before_chunks_kernel(BothBounds both) {
-  const Bounds& b = both.of[blockIdx.y];
+  const Bounds b = both.picked(blockIdx.y);
   const int64_t chunks = (b.n + kChunk - 1) / kChunk;
   int64_t carry = 0;
   for (int64_t first = 0; first < chunks; first += kThreads) {
@@ -158,7 +160,7 @@ __global__ void sum_before_chunks_kernel(BothBounds both) {
 }
 
 __global__ void write_bounds_kernel(BothBounds both) {
-  const Bounds& b = both.of[blockIdx.y];
+  const Bounds b = both.picked(blockIdx.y);
   const int64_t first = blockIdx.x * kChunk;
   if (first >= b.n) return;
   const int64_t begin = first + threadIdx.x * kPerThread;
