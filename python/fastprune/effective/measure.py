@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastprune.effective import rules as _rules  # noqa: F401  # registers the rules
 from fastprune.effective.program import Program
-from fastprune.effective.trace import program_of
-from fastprune.masks import Masks
+from fastprune.effective.trace import kept_of, program_of
+from fastprune.masks import Masks, readable
 from fastprune.masks_summary import compression
 from fastprune.pruners.arguments import masks_of
 
@@ -41,11 +41,21 @@ def run(program: Program, masks: Mapping[str, Tensor], *, write: bool) -> Reach:
 
 def reach(
     model: nn.Module, masks: Mapping[str, Tensor], example_input: Any, *, write: bool = False
-) -> tuple[Reach, dict[str, Tensor]]:
+) -> tuple[Reach, Mapping[str, Tensor]]:
     """The reach of a model at its masks, and the masks under their first names."""
     program = program_of(model, example_input)
-    known = masks_of(model, masks)
+    known = _known(model, masks)
     return run(program, known, write=write), known
+
+
+def _known(model: nn.Module, masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``masks`` checked, under first names; the short way where nothing is to be done to them."""
+    kept, given = kept_of(model), readable(masks)
+    for name, mask in given.items():
+        weight = kept.parameter(name)
+        if weight is None or weight.shape != mask.shape or weight.device != mask.device:
+            return masks_of(model, given)
+    return given
 
 
 def effective_sparsity(

@@ -232,14 +232,35 @@ class _Kept:
     """Programs of one model, as long as its modules stay the same."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = [weakref.ref(m) for m in model.modules() if m is not model]
+        # Every module, and which its children are: compared at each call, so without recursion.
+        self.structure = [(weakref.ref(m), _children(m)) for m in model.modules()]
         self.programs: dict[Any, Program] = {}
+        # Where every parameter hangs, by its first name.
+        self.places: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
+        seen: set[int] = set()
+        for prefix, module in model.named_modules():
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    name = f"{prefix}.{attribute}" if prefix else attribute
+                    self.places[name] = (weakref.ref(module), attribute)
 
-    def fits(self, model: nn.Module) -> bool:
-        own = [m for m in model.modules() if m is not model]
-        return len(own) == len(self.modules) and all(
-            m is r() for m, r in zip(own, self.modules, strict=True)
-        )
+    def fits(self) -> bool:
+        for reference, children in self.structure:
+            module = reference()
+            if module is None or _children(module) != children:
+                return False
+        return True
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The parameter of that first name, or None where there is none any more."""
+        place = self.places.get(name)
+        module = None if place is None else place[0]()
+        return None if module is None or place is None else module._parameters.get(place[1])
+
+
+def _children(module: nn.Module) -> tuple[int, ...]:
+    return tuple(map(id, module._modules.values()))
 
 
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
@@ -258,13 +279,19 @@ def arguments_of(model: nn.Module, example_input: Any) -> tuple[Any, ...]:
     return arguments
 
 
+def kept_of(model: nn.Module) -> _Kept:
+    """What is kept of a model, made anew where its modules have changed."""
+    kept = _kept.get(model)
+    if kept is None or not kept.fits():
+        kept = _kept[model] = _Kept(model)
+    return kept
+
+
 def program_of(model: nn.Module, example_input: Any) -> Program:
     """The model's program, kept between calls while its modules and the input's shapes stay."""
     arguments = arguments_of(model, example_input)
     key = tuple((tuple(a.shape), a.dtype) for a in arguments)
-    kept = _kept.get(model)
-    if kept is None or not kept.fits(model):
-        kept = _kept[model] = _Kept(model)
+    kept = kept_of(model)
     program = kept.programs.get(key)
     if program is None:
         program = kept.programs[key] = trace(model, arguments)
