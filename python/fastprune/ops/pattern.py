@@ -90,6 +90,10 @@ def cuda_block_depth(depth: int, taps: int) -> int:
     return max(1, min(cols // taps, depth))
 
 
+# Asked once: the compiler cannot look into it.
+_PACKS_ON_CUDA = has_kernel("pack_pattern", "cuda")
+
+
 def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
     """Pack the mask of a linear or 2-d convolution weight for the sparse products.
 
@@ -120,7 +124,7 @@ def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
     depth, taps = mask.shape[1], mask.shape[2] * mask.shape[3] if mask.dim() == 4 else 1
     if taps < 1 or taps > _MAX_BLOCK_COLS:
         raise ValueError(f"mask: expected 1 to {_MAX_BLOCK_COLS} kernel positions, got {taps}")
-    on_cuda = mask.device.type == "cuda" and has_kernel("pack_pattern", "cuda")
+    on_cuda = mask.device.type == "cuda" and _PACKS_ON_CUDA
     flat = (mask.detach() if on_cuda else mask.detach().to("cpu")).reshape(rows, depth * taps)
     if on_cuda:
         blocks = cuda_block_depth(depth, taps), cuda_block_depth(rows // groups, taps)

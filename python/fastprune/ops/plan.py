@@ -101,11 +101,11 @@ def planned(x: Tensor, weight: Tensor, pattern: Pattern) -> bool:
     """
     device = weight.device.type
     return (
-        pattern.plan is not None
+        not torch.compiler.is_compiling()  # first: the compiler cannot look into what follows
+        and pattern.plan is not None
         and type(x) in (Tensor, torch.nn.Parameter)
         and type(weight) in (Tensor, torch.nn.Parameter)
         and has_kernel("planned_linear" if weight.dim() == 2 else "planned_conv2d", device)
-        and not torch.compiler.is_compiling()
         and not _modes()
         and _tracing() is None
     )
