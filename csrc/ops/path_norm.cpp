@@ -33,8 +33,6 @@ class Reach {
         const auto* bytes = static_cast<const uint8_t*>(masks[m].const_data_ptr());
         FASTPRUNE_PICK(reach_pack)(bytes, i.mask_rows(), i.mask_cols(), bits_[m].data());
       }
-      STD_TORCH_CHECK(bits_[m].size() == words, kOp, ": masks[", m,
-                      "]: expected the same rows and columns at every use");
       // Weights used twice are active where either use is.
       if ((uses[m] == 2 || keep_active) && active_[m].empty()) active_[m].resize(words);
     }

@@ -5,6 +5,13 @@
 #include <cstdint>
 #include <cstring>
 
+// Functions that CUDA kernels call too.
+#if defined(__CUDACC__)
+#define FASTPRUNE_HOST_DEVICE __host__ __device__
+#else
+#define FASTPRUNE_HOST_DEVICE
+#endif
+
 namespace fastprune {
 
 enum class DType : int { f32, f64, bf16, f16 };
