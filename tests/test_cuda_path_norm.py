@@ -89,7 +89,7 @@ def geometries(draw: st.DrawFn) -> Geometry:
     return Geometry(per_group * groups, groups, depth, *dims)  # type: ignore[arg-type]
 
 
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(
     g=geometries(),
     transposed=st.booleans(),
@@ -114,11 +114,11 @@ def test_convolutions_of_partial_maps(
     agree(masks, program.labels, program.encode({"w": 0}), (seed % 3,), 1 + seed % 9)
 
 
-@settings(max_examples=30)
+@settings(max_examples=100)
 @given(
-    rows=st.sampled_from([0, 1, 3, 33, 64, 65, 130]),
-    cols=st.sampled_from([0, 1, 5, 63, 64, 65, 129, 2100]),
-    tokens=st.sampled_from([0, 1, 2, 7, 70]),
+    rows=st.sampled_from([1, 3, 33, 64, 65, 130]),
+    cols=st.sampled_from([1, 5, 63, 64, 65, 129, 2100]),
+    tokens=st.sampled_from([1, 2, 7, 70]),
     masked=st.booleans(),
     density=st.sampled_from([0.0, 0.02, 0.4]),
     seed=st.integers(0, 2**16),
@@ -136,6 +136,16 @@ def test_linear_layers_of_partial_maps(
     y = program.linear(x, weight, (tokens, rows))
     program.output(thin(y, program, 0.2, draw))
     agree([torch.rand(rows, cols) < density], program.labels, program.encode({"w": 0}), (seed % 3,))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40])
+@pytest.mark.parametrize("cols", [0, 1, 65])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+def test_empty_linear_layers(rows: int, cols: int, tokens: int) -> None:
+    for mask in (0, -1):
+        code = [0, 2, tokens, cols, tokens, rows, 0, 1, 0]
+        code += [4, 6, 0, 1, mask, rows, cols, tokens, 1, 1, 1]
+        agree([torch.rand(rows, cols) < 0.5], [], torch.tensor(code), (1,))
 
 
 def test_planes_of_many_words_and_windows_of_many_taps() -> None:
