@@ -17,7 +17,8 @@ from fastprune.effective.program import Geometry, Program, Value, Weight
 from fastprune.effective.trace import program_of
 from fastprune.ops.path_norm import path_norm_reach
 from oracle import guarded
-from test_path_norm import GOOD, program_of as program_of_numbers
+from test_path_norm import GOOD
+from test_path_norm import program_of as program_of_numbers
 
 pytestmark = emulated.needs_emulation
 
@@ -29,7 +30,7 @@ def agree(
     seeds: Sequence[int] = (0,),
     multiprocessors: int = 4,
 ) -> list[Tensor]:
-    """Runs a program on both sides and compares counts, active weights and the maps of all values."""
+    """Runs a program on both sides and compares counts, active weights and all maps."""
     values = list(range(int(program[1])))
     expected = path_norm_reach(masks, labels, program, values, True)
     for seed in seeds:
@@ -173,7 +174,7 @@ def test_cycles_settle() -> None:
     first[0, 3] = True
     last = torch.zeros(n, n, dtype=torch.bool)
     last[5, n - 2] = True
-    # Values: 0 in, 1 the sum that the ring's layer reads, 2 what it gives, 3 the first layer's, 4 out.
+    # Values: 0 in, 1 the sum that the ring reads, 2 what it gives, 3 what comes first, 4 out.
     code = [1, 5, *[1, n] * 5, 0, 1, 0]
     code += [4, 6, 0, 3, 0, n, n, 1]  # 3 = first (0)
     code += [4, 6, 1, 4, 2, n, n, 1]  # 4 = last (1): read before it is written
@@ -211,7 +212,8 @@ def test_a_mask_in_two_places_and_one_in_none() -> None:
     code = [0, 3, *[2, 6] * 3, 0, 1, 0, 4, 6, 0, 1, 0, 6, 6, 2, 4, 6, 1, 2, 0, 6, 6, 2, 1, 1, 2]
     masks = [torch.rand(6, 6) < 0.3, torch.ones(5, 7).bool()]
     expected = agree(masks, [], torch.tensor(code), (0, 1, 2))
-    assert expected[0][1] == 0 and not expected[2].any()
+    assert expected[0][1] == 0
+    assert not expected[2].any()
 
 
 def test_labels_outside_their_range_reach_nothing() -> None:
@@ -261,9 +263,7 @@ def test_strided_and_expanded_masks_and_labels() -> None:
         (torch.zeros(2), [], "program: expected dtype Long"),
         (
             torch.tensor(
-                [0, 4, 1, 96, 1, 1, 1, 48, 1, 2]
-                + [4, 6, 0, 1, 0, 1, 96, 1]
-                + [4, 6, 2, 3, 0, 2, 48, 1]
+                [0, 4, 1, 96, 1, 1, 1, 48, 1, 2, 4, 6, 0, 1, 0, 1, 96, 1, 4, 6, 2, 3, 0, 2, 48, 1]
             ),
             [torch.ones(96).bool()],
             "the same rows and columns at every use",
