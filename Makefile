@@ -1,5 +1,7 @@
 # Every target works from a bare machine: python3 (3.10 or newer), make and a C++ compiler.
 #   make demo | test | bench | lint | clean
+# and, with a GPU, on a python3 that has torch and the build tools, without a network:
+#   make gpu-check
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +11,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench lint format build clean
+.PHONY: demo test bench gpu-check lint format build clean
 
 demo: build
 	$(PY) -m fastprune demo
@@ -19,6 +21,13 @@ test: build
 
 bench: build
 	$(PY) -m bench
+
+# Nine minutes in all, in a folder of its own: see python -m fastprune gpu-check --help.
+GPU_OUT ?= out/gpu-check
+gpu-check:
+	$(PYTHON) python/fastprune/cli/gpu_check_build.py --out $(GPU_OUT)
+	PYTHONPATH=$(abspath $(GPU_OUT))/site$${PYTHONPATH:+:$$PYTHONPATH} \
+	  $(PYTHON) -m fastprune gpu-check --out $(GPU_OUT)
 
 lint: $(VENV)/.ready
 	$(PY) -m ruff check .

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,55 @@ def measure(name: str, size: int, sparsity: float, min_time: float) -> dict[str,
         "weights": sum(m.numel() for m in masks.values()),
         "sparsity": sparsity,
         "effective_sparsity": found,
-        "ms": {k: {q: 1e3 * v for q, v in t.to_dict().items()} for k, t in times.items()},
+        "ms": as_milliseconds(times),
     }
+
+
+def as_milliseconds(times: dict[str, timing.Timing]) -> dict[str, dict[str, float]]:
+    """Median and quartiles."""
+    return {
+        k: {"median": 1e3 * t.median, "low": 1e3 * t.low, "high": 1e3 * t.high}
+        for k, t in times.items()
+    }
+
+
+def search(name: str, size: int, target: float) -> dict[str, Any]:
+    """Pruning to an effective sparsity: scores, and every step of the bisection."""
+    model = fp.models.create(name).eval()
+    x = torch.zeros(1, 3, size, size)
+    masks = fp.prune(model, "magnitude", target, effective=True, example_input=x)  # traces
+    times = timing.measure(
+        {
+            "to the direct sparsity": lambda: fp.prune(model, "magnitude", target),
+            "to the effective sparsity": lambda: fp.prune(
+                model, "magnitude", target, effective=True, example_input=x
+            ),
+        },
+        min_time=2.0,
+        min_rounds=3,
+    )
+    return {
+        "network": name,
+        "target": target,
+        "effective_sparsity": fp.effective_sparsity(model, masks, example_input=x),
+        "ms": as_milliseconds(times),
+    }
+
+
+def compressions(seeds: int) -> list[dict[str, Any]]:
+    """LeNet-300-100 at 99 %: what random pruning and SynFlow leave (paper 003, section 1)."""
+    model, x = fp.models.create("lenet-300-100"), torch.zeros(1, 1, 28, 28)
+    rows = []
+    for method in ("random", "synflow"):
+        found = []
+        for seed in range(seeds if method == "random" else 1):
+            options = {"generator": torch.Generator().manual_seed(seed)}
+            if method == "synflow":
+                options = {"example_input": x}
+            masks = fp.prune(model, method, 0.99, **options)
+            found.append(fp.effective_compression(model, masks, example_input=x))
+        rows.append({"method": method, "effective_compression": found})
+    return rows
 
 
 def main() -> None:
@@ -76,8 +124,23 @@ def main() -> None:
             f"all-ones pass in float64 {medians['all-ones pass, float64']:.0f} ms, "
             f"{medians['all-ones pass, float64'] / own:.0f} times as long"
         )
+    found = search("resnet50-imagenet", 224, 0.95)
+    both = [found["ms"][f"to the {kind} sparsity"]["median"] for kind in ("effective", "direct")]
+    print(
+        f"{found['network']}, magnitude to an effective sparsity of {100 * found['target']:g} %: "
+        f"{both[0]:.0f} ms (to a direct one: {both[1]:.0f} ms)"
+    )
+    lenet = compressions(20)
+    for row in lenet:
+        numbers = row["effective_compression"]
+        print(
+            f"lenet-300-100 at 99 %, {row['method']}: effective compression "
+            f"{statistics.median(numbers):.0f} (median of {len(numbers)}, {min(numbers):.0f} to "
+            f"{max(numbers):.0f})"
+        )
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        tables = {"machine": machine(), "rows": rows, "search": found, "lenet-300-100": lenet}
+        options.json.write_text(json.dumps(tables, indent=1) + "\n")
 
 
 if __name__ == "__main__":

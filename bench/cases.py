@@ -90,3 +90,63 @@ INFERENCE = (
     Network("resnet-20", 128),
 )
 TRAINING = (Network("wrn-28-2", 128), Network("vgg-19", 128))
+
+
+# On a GPU (bench/cuda): what is aimed for is a speedup over torch's dense op in the same run, at a
+# sparsity. Other sparsities are measured too.
+class Aims(NamedTuple):
+    """Cases of one table: sparsity -> least speedup over dense, None where nothing is promised."""
+
+    cases: tuple[Linear, ...]
+    speedups: dict[float, float | None]
+
+
+# Weights stream from memory once: bytes decide.
+GPU_BATCH_1 = Aims(
+    (Linear(8192, 8192, 1), Linear(28672, 8192, 1)), {0.5: 1.35, 0.8: 2.8, 0.9: 4.5, 0.95: 8.0}
+)
+GPU_SMALL_BATCH = Aims(
+    (*(Linear(8192, 8192, batch) for batch in (16, 32, 64)), Linear(28672, 8192, 16)),
+    {0.5: 1.2, 0.7: 2.0, 0.8: 2.0, 0.9: 2.0},
+)
+# Strict float32, the activations of a block of columns in shared memory.
+GPU_FLOAT32 = Aims(
+    (
+        Linear(4096, 512, 1024),
+        *(Linear(4096, 1024, batch) for batch in (256, 1024, 4096)),
+        Linear(2048, 2048, 1024),
+    ),
+    {0.8: 1.5, 0.9: 3.0, 0.95: 6.0},
+)
+# Dense is compute bound here: sparse has to know when not to run.
+GPU_LARGE_BATCH = Aims(
+    tuple(Linear(4096, 4096, batch) for batch in (192, 512, 2048)),
+    {0.5: 0.97, 0.8: 0.97, 0.95: 0.97, 0.98: None},
+)
+GPU_LEAST_OVER_CSR = 2.0
+
+GPU_CONV = tuple(
+    Conv(channels, size, batch)
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+    for batch in (1, 32)
+)
+GPU_CONV_SPARSITIES = (0.8, 0.9, 0.95)
+
+GPU_GRADIENTS = (Linear(4096, 4096, 64), Linear(4096, 1024, 1024))
+GPU_GRADIENT_CONV = (Conv(128, 28, 32), Conv(512, 7, 32))
+GPU_GRADIENT_SPARSITIES = (0.8, 0.95)
+
+GPU_PACK = (Linear(8192, 8192, 1), Linear(28672, 8192, 1))
+
+# Every form of the product by itself: where they cross is the dispatch table.
+GPU_FORMS = Linear(4096, 4096, 1)
+GPU_FORM_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+GPU_FORM_DENSITIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
+
+# Scores of a selection, what they may take, and how much faster than by kthvalue.
+GPU_SELECTION = 25_600_000
+GPU_SELECTION_SECONDS = 150e-6
+GPU_SELECTION_OVER_KTHVALUE = 100.0
+GPU_LARGE_SELECTION = 1_000_000_000
+# Over the time of two reads of the factors and one write of the mask.
+GPU_SELECTION_OVER_FLOOR = 1.5

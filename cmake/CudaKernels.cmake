@@ -7,11 +7,15 @@
 set(FASTPRUNE_CUDA_OBJECTS "")
 set(FASTPRUNE_CUDA_ARCHITECTURES "")
 set(FASTPRUNE_CUDA_VERSION "")
-set(_arch_flags
-  -gencode=arch=compute_80,code=sm_80
-  -gencode=arch=compute_90,code=sm_90
-  -gencode=arch=compute_90a,code=sm_90a
-  -gencode=arch=compute_90,code=compute_90)
+set(FASTPRUNE_CUDA_ARCHS "sm_80;sm_90;sm_90a;compute_90" CACHE STRING
+  "Targets inside the binary: sm_N machine code, compute_N PTX")
+set(_arch_flags "")
+foreach(target IN LISTS FASTPRUNE_CUDA_ARCHS)
+  if(NOT target MATCHES "^(sm|compute)_([0-9]+[af]?)$")
+    message(FATAL_ERROR "FASTPRUNE_CUDA_ARCHS: expected sm_N or compute_N, got ${target}")
+  endif()
+  list(APPEND _arch_flags "-gencode=arch=compute_${CMAKE_MATCH_2},code=${target}")
+endforeach()
 
 if(FASTPRUNE_CUDA)
   include(CheckLanguage)
@@ -22,7 +26,7 @@ if(FASTPRUNE_CUDA)
     enable_language(CUDA)
     set(CMAKE_CUDA_STANDARD 17)
     set(FASTPRUNE_CUDA_VERSION "${CMAKE_CUDA_COMPILER_VERSION}")
-    set(FASTPRUNE_CUDA_ARCHITECTURES "sm_80,sm_90,sm_90a,compute_90")
+    list(JOIN FASTPRUNE_CUDA_ARCHS "," FASTPRUNE_CUDA_ARCHITECTURES)
   endif()
 endif()
 

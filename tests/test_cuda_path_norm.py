@@ -186,7 +186,8 @@ def test_cycles_settle() -> None:
 
 
 @pytest.mark.parametrize("cyclic", [0, 1])
-def test_instructions_from_a_value_into_itself(cyclic: int) -> None:
+@pytest.mark.parametrize("reached", [True, False])
+def test_instructions_from_a_value_into_itself(cyclic: int, reached: bool) -> None:
     """What an instruction brings to its own map does not depend on what it has brought already."""
     torch.manual_seed(0)
     n = 66
@@ -194,15 +195,15 @@ def test_instructions_from_a_value_into_itself(cyclic: int) -> None:
     one = torch.zeros(n, n, dtype=torch.bool)
     one[7, 1] = True
     labels = [torch.randint(-1, 9, (n,), dtype=torch.int32) for _ in range(2)]
-    code = [cyclic, 2, 1, n, 1, n, 0, 1, 0]
-    code += [4, 6, 0, 1, 0, n, n, 1]
+    code = [cyclic, 2, 1, n, 1, n, *([0, 1, 0] if reached else [])]
+    code += [4, 6, 0, 1, 0, n, n, 1] if reached else []
     code += [4, 6, 1, 1, 1, n, n, 1]
     code += [2, 3, 1, 1, 1]
     code += [5, 2, 1, 1]
     # One row of a kernel of three taps, on a plane of n columns.
     code += [3, 25, 1, 1, 2, 0, 1, 1, 1, 1, 1, n, 1, 1, n, 1, 1, 3, 1, 1, 1, 0, 0, 1, 1, 1, 1]
     code += [6, 5, 1, 1, 0, 1, 9]
-    code += [1, 1, 1]
+    code += [1, 1, 1] if reached else []
     tap = torch.tensor([[False, False, True]])
     agree([one, shift, tap], labels, torch.tensor(code), (0, 1, 2))
 

@@ -50,6 +50,15 @@ inline void check_cpu(const Tensor& t, const char* op, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, ": expected a CPU tensor");
 }
 
+// What the ops of every device check: the tensors of a call lie on one device.
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
+}
+inline void check_same_device(const Tensor& t, const Tensor& first, const char* op,
+                              const char* name, const char* first_name) {
+  STD_TORCH_CHECK(same_device(t, first), op, ": ", name, ": expected the device of ", first_name);
+}
+
 inline void check_dtype(const Tensor& t, ScalarType expected, const char* op, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, ": expected dtype ",
                   torch::headeronly::toString(expected), ", got ",

@@ -28,15 +28,6 @@ inline void check_launch(cudaError_t error, const char* op) {
   STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA: ", cudaGetErrorString(error));
 }
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device() == b.get_device();
-}
-
-inline void check_same_device(const Tensor& t, const Tensor& first, const char* op,
-                              const char* name, const char* first_name) {
-  STD_TORCH_CHECK(same_device(t, first), op, ": ", name, ": expected the device of ", first_name);
-}
-
 // Raises what an earlier kernel found (device.h), once. Not a synchronisation: a kernel that still
 // runs is heard of later.
 inline void raise_earlier_fault(const char* op) {

@@ -192,7 +192,9 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
                              ? torch::stable::new_empty(like, {bytes, 1}, ScalarType::Byte)
                              : torch::stable::new_empty(like, like.sizes(), ScalarType::Bool));
   }
-  for (const Tensor& mask : call.masks) advise_huge_pages(mask);
+  for (const Tensor& mask : call.masks) {
+    if (mask.is_cpu()) advise_huge_pages(mask);
+  }
   call.tensors = call.masked(0);
   return call;
 }
@@ -401,6 +403,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
   m.def(
       "global_topk_mask(Tensor[] values, Tensor[] other, Tensor[] within, int[] counts, str scope, "
       "str score, float[] scale=[], int seed=0, bool packed=False) -> Tensor[]");
+  // On CUDA: the masks and, last, int64 (2,): the first tensor with a NaN score and the first
+  // selection with too few candidates, or INT64_MAX.
+  m.def(
+      "global_topk_mask_status(Tensor[] values, Tensor[] other, Tensor[] within, int[] counts, str "
+      "scope, str score, float[] scale=[], int seed=0, bool packed=False) -> Tensor[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
   m.impl("global_topk_mask", TORCH_BOX(&fastprune::global_topk_mask_cpu));

@@ -59,6 +59,14 @@ MaskedConv2dCall validate_masked_conv2d(const Tensor& typed, Pair x_sizes, Pair 
   return c;
 }
 
+void check_output_grad(const Tensor& grad, const MaskedConv2dCall& c, const char* op) {
+  check_dim(grad, 4, op, "grad");
+  check_size(grad, 0, c.batch, op, "grad");
+  check_size(grad, 1, c.shape.rows, op, "grad");
+  check_size(grad, 2, c.out_height, op, "grad");
+  check_size(grad, 3, c.out_width, op, "grad");
+}
+
 namespace {
 
 Tensor masked_conv2d_cpu(const Tensor& x_in, const Tensor& weight_in,
@@ -75,7 +83,7 @@ Tensor masked_conv2d_cpu(const Tensor& x_in, const Tensor& weight_in,
       validate_masked_conv2d(x_in, x_in.sizes(), weight_in.sizes(), stride, padding, dilation,
                              groups, block_depth, transposed_block_depth, op);
   const PatternView pattern = checked_pattern(row_ptr, offset, c.shape, false, op);
-  const std::optional<Tensor> bias = checked_bias(bias_in, c.shape.rows, x_in.scalar_type(), op);
+  const std::optional<Tensor> bias = checked_bias(bias_in, c.shape.rows, x_in, op);
   const Tensor values = forward_values(pattern, dense(weight_in), op);
   return conv_forward(c, ConvWeight{pattern, values.const_data_ptr(), nullptr}, x_in,
                       Epilogue{bias, std::nullopt, false}, Layout::contiguous);
@@ -94,11 +102,7 @@ Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tens
   const MaskedConv2dCall c =
       validate_masked_conv2d(grad_in, x_sizes, weight_in.sizes(), stride, padding, dilation, groups,
                              block_depth, transposed_block_depth, op);
-  check_dim(grad_in, 4, op, "grad");
-  check_size(grad_in, 0, c.batch, op, "grad");
-  check_size(grad_in, 1, c.shape.rows, op, "grad");
-  check_size(grad_in, 2, c.out_height, op, "grad");
-  check_size(grad_in, 3, c.out_width, op, "grad");
+  check_output_grad(grad_in, c, op);
   const PatternView forward = checked_pattern(row_ptr, offset, c.shape, false, op);
   const PatternView pattern =
       checked_pattern(transposed_row_ptr, transposed_offset, c.shape, true, op);
@@ -117,11 +121,7 @@ Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& 
   check_dtype(grad_in, x_in.scalar_type(), op, "grad");
   const MaskedConv2dCall c = validate_masked_conv2d(x_in, x_in.sizes(), weight_sizes, stride,
                                                     padding, dilation, groups, block_depth, 1, op);
-  check_dim(grad_in, 4, op, "grad");
-  check_size(grad_in, 0, c.batch, op, "grad");
-  check_size(grad_in, 1, c.shape.rows, op, "grad");
-  check_size(grad_in, 2, c.out_height, op, "grad");
-  check_size(grad_in, 3, c.out_width, op, "grad");
+  check_output_grad(grad_in, c, op);
   const PatternView pattern = checked_pattern(row_ptr, offset, c.shape, false, op);
   return conv_weight_grad(c, ConvWeight{pattern, nullptr, nullptr}, grad_in, x_in);
 }

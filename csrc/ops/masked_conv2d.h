@@ -27,5 +27,7 @@ MaskedConv2dCall validate_masked_conv2d(const Tensor& typed, Pair x_sizes, Pair 
                                         Pair stride, Pair padding, Pair dilation, int64_t groups,
                                         int64_t block_depth, int64_t transposed_block_depth,
                                         const char* op);
+// The gradient of y, against the sizes of the call.
+void check_output_grad(const Tensor& grad, const MaskedConv2dCall& c, const char* op);
 
 }  // namespace fastprune

@@ -10,8 +10,7 @@ namespace fastprune {
 MaskedLinearCall validate_masked_linear(const Tensor& input, const char* name, const Tensor& weight,
                                         int64_t block_depth, int64_t transposed_block_depth,
                                         bool input_has_rows, const char* op) {
-  check_cpu(input, op, name);
-  check_cpu(weight, op, "weight");
+  check_same_device(weight, input, op, "weight", name);
   check_dim(input, 2, op, name);
   check_dim(weight, 2, op, "weight");
   check_dtype(weight, input.scalar_type(), op, "weight");
@@ -19,6 +18,17 @@ MaskedLinearCall validate_masked_linear(const Tensor& input, const char* name, c
   return MaskedLinearCall{
       PatternShape{weight.size(0), 1, weight.size(1), 1, block_depth, transposed_block_depth},
       dtype_of(input, op, name), input.size(0)};
+}
+
+MaskedLinearCall validate_masked_linear_weight_grad(const Tensor& grad, const Tensor& x,
+                                                    int64_t block_depth, const char* op) {
+  check_same_device(grad, x, op, "grad", "x");
+  check_dim(grad, 2, op, "grad");
+  check_dim(x, 2, op, "x");
+  check_dtype(grad, x.scalar_type(), op, "grad");
+  check_size(grad, 0, x.size(0), op, "grad");
+  return MaskedLinearCall{PatternShape{grad.size(1), 1, x.size(1), 1, block_depth, 1},
+                          dtype_of(x, op, "x"), x.size(0)};
 }
 
 namespace {
@@ -131,7 +141,7 @@ Tensor masked_linear_cpu(const Tensor& x_in, const Tensor& weight_in,
   const MaskedLinearCall call =
       validate_masked_linear(x_in, "x", weight_in, block_depth, transposed_block_depth, false, op);
   const PatternView pattern = checked_pattern(row_ptr, offset, call.shape, false, op);
-  const std::optional<Tensor> bias = checked_bias(bias_in, call.shape.rows, x_in.scalar_type(), op);
+  const std::optional<Tensor> bias = checked_bias(bias_in, call.shape.rows, x_in, op);
   const Tensor values = forward_values(pattern, dense(weight_in), op);
   return linear_product(LinearWeight{pattern, values.const_data_ptr(), nullptr}, false, call.dtype,
                         x_in, Epilogue{bias, std::nullopt, false}, Layout::contiguous);
@@ -155,16 +165,9 @@ Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tens
 Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& row_ptr,
                        const Tensor& offset, int64_t block_depth) {
   const char* op = "masked_linear_weight_grad";
-  check_cpu(grad_in, op, "grad");
-  check_cpu(x_in, op, "x");
-  check_dim(grad_in, 2, op, "grad");
-  check_dim(x_in, 2, op, "x");
-  check_dtype(grad_in, x_in.scalar_type(), op, "grad");
-  check_size(grad_in, 0, x_in.size(0), op, "grad");
-  const DType dtype = dtype_of(x_in, op, "x");
-  const PatternShape shape{grad_in.size(1), 1, x_in.size(1), 1, block_depth, 1};
-  const PatternView pattern = checked_pattern(row_ptr, offset, shape, false, op);
-  return linear_weight_grad(LinearWeight{pattern, nullptr, nullptr}, dtype, grad_in, x_in);
+  const MaskedLinearCall call = validate_masked_linear_weight_grad(grad_in, x_in, block_depth, op);
+  const PatternView pattern = checked_pattern(row_ptr, offset, call.shape, false, op);
+  return linear_weight_grad(LinearWeight{pattern, nullptr, nullptr}, call.dtype, grad_in, x_in);
 }
 
 }  // namespace

@@ -17,6 +17,9 @@ struct MaskedLinearCall {
 MaskedLinearCall validate_masked_linear(const Tensor& input, const char* name, const Tensor& weight,
                                         int64_t block_depth, int64_t transposed_block_depth,
                                         bool input_has_rows, const char* op);
+// The checks of the weight gradient.
+MaskedLinearCall validate_masked_linear_weight_grad(const Tensor& grad, const Tensor& x,
+                                                    int64_t block_depth, const char* op);
 
 // The products behind the ops that take raw patterns and those that take plans. `transposed`: the
 // weight's order is that of the transposed pattern (input gradient).

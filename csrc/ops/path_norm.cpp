@@ -10,15 +10,39 @@ constexpr const char* kOp = "path_norm_reach";
 
 using Words = std::vector<uint64_t>;
 
+// Memory that a thread keeps for its next call: fresh pages cost as much as the work on them.
+class Arena {
+ public:
+  static std::shared_ptr<const Scratch> of(int64_t bytes) {
+    if (bytes > kMost) return std::make_shared<const Scratch>(bytes);
+    thread_local std::shared_ptr<const Scratch> kept;
+    thread_local int64_t kept_bytes = 0;
+    if (kept == nullptr || kept.use_count() > 1 || kept_bytes < bytes) {
+      kept = std::make_shared<const Scratch>(bytes);
+      kept_bytes = bytes;
+    }
+    return kept;
+  }
+
+ private:
+  static constexpr int64_t kMost = int64_t{16} << 20;
+};
+
 // One run of a program on the CPU.
 class Reach {
  public:
   Reach(const ReachProgram& program, const std::vector<Tensor>& masks,
         const std::vector<Tensor>& labels, bool keep_active)
       : program_(program), labels_(labels) {
-    for (const ReachValue& v : program.values) {
-      forward_.push_back(Map{v, Words(static_cast<size_t>(v.words())), {}, true, false});
-      backward_.push_back(forward_.back());
+    int64_t words = 0;
+    for (const ReachValue& v : program.values) words += 2 * v.words();
+    memory_ = Arena::of(words * 8);
+    uint64_t* next = memory_->as<uint64_t>();
+    for (std::vector<Map>* maps : {&forward_, &backward_}) {
+      for (const ReachValue& v : program.values) {
+        maps->push_back(Map{v, next, {}, true, false});
+        next += v.words();
+      }
     }
     bits_.resize(masks.size());
     active_.resize(masks.size());
@@ -27,14 +51,14 @@ class Reach {
     for (const ReachInstruction& i : program.instructions) {
       if (i.mask < 0) continue;
       const size_t m = static_cast<size_t>(i.mask);
-      const size_t words = static_cast<size_t>(i.mask_rows() * words_of(i.mask_cols()));
+      const size_t mask_words = static_cast<size_t>(i.mask_rows() * words_of(i.mask_cols()));
       if (uses[m]++ == 0) {
-        bits_[m].resize(words);
+        bits_[m].resize(mask_words);
         const auto* bytes = static_cast<const uint8_t*>(masks[m].const_data_ptr());
         FASTPRUNE_PICK(reach_pack)(bytes, i.mask_rows(), i.mask_cols(), bits_[m].data());
       }
       // Weights used twice are active where either use is.
-      if ((uses[m] == 2 || keep_active) && active_[m].empty()) active_[m].resize(words);
+      if ((uses[m] == 2 || keep_active) && active_[m].empty()) active_[m].resize(mask_words);
     }
   }
 
@@ -69,24 +93,29 @@ class Reach {
     std::memset(bytes, 0, static_cast<size_t>(numel));
   }
 
-  void write_value(size_t value, bool backward, uint8_t* bytes) const {
-    const ReachValue& v = program_.values[value];
-    const Map& map = backward ? backward_[value] : forward_[value];
-    FASTPRUNE_PICK(reach_unpack)(map.words.data(), v.planes, v.bits, bytes);
+  void write_value(size_t value, bool backward, uint8_t* bytes) {
+    Map& map = backward ? backward_[value] : forward_[value];
+    FASTPRUNE_PICK(reach_unpack)(read(map), map.value.planes, map.value.bits, bytes);
   }
 
  private:
   // The reach of a value in one direction.
   struct Map {
     ReachValue value;
-    Words words;
+    uint64_t* words;              // not written yet while `clear`, which stands for zeros
     std::vector<uint8_t> states;  // of the planes, while `known`
-    bool clear;                   // all zeros so far
-    bool known;
+    bool clear, known;
+
+    size_t bytes() const { return static_cast<size_t>(value.words()) * 8; }
   };
 
   Map& at(std::vector<Map>& maps, const ReachInstruction& i, size_t k) {
     return maps[static_cast<size_t>(i.values[k])];
+  }
+  uint64_t* read(Map& map) {
+    if (map.clear) std::memset(map.words, 0, map.bytes());
+    map.clear = false;
+    return map.words;
   }
   const uint64_t* mask_bits(const ReachInstruction& i) const {
     return i.mask < 0 ? nullptr : bits_[static_cast<size_t>(i.mask)].data();
@@ -96,34 +125,45 @@ class Reach {
     return scratch_.data();
   }
 
-  void merge(Map& to, const Words& from) {
-    const bool more = FASTPRUNE_PICK(reach_merge)(to.words.data(), from.data(),
-                                                  static_cast<int64_t>(from.size()));
-    changed_ = changed_ || more;
+  void merge(Map& to, const uint64_t* from) {
+    if (to.clear) {
+      std::memcpy(to.words, from, to.bytes());
+      note_first(to);
+    } else if (FASTPRUNE_PICK(reach_merge)(to.words, from, to.value.words())) {
+      changed_ = true;
+    }
     to.clear = to.known = false;
   }
-  // Where an instruction writes its result: the map itself if nothing is there yet.
-  uint64_t* result_for(const Map& to) {
-    if (to.clear) return const_cast<uint64_t*>(to.words.data());
-    result_.assign(to.words.size(), 0);
-    return result_.data();
+  // Where an instruction writes its result: the map itself if nothing is there yet. Zeros, if
+  // asked. Asked for after what the instruction reads is read, which may be the same map.
+  uint64_t* result_for(Map& to, bool zeros) {
+    uint64_t* result = to.words;
+    if (!to.clear) {
+      if (result_.size() * 8 < to.bytes()) result_.resize(to.bytes() / 8);
+      result = result_.data();
+    }
+    if (zeros) std::memset(result, 0, to.bytes());
+    return result;
   }
   void take_result(Map& to) {
     if (!to.clear) {
-      merge(to, result_);
+      merge(to, result_.data());
       return;
     }
-    for (size_t w = 0; program_.cyclic && w < to.words.size(); ++w) {
-      changed_ = changed_ || to.words[w] != 0;
-    }
+    note_first(to);
     to.clear = to.known = false;
+  }
+  void note_first(const Map& to) {
+    if (program_.cyclic && FASTPRUNE_PICK(reach_count)(to.words, to.value.words()) != 0) {
+      changed_ = true;
+    }
   }
   void fill(Map& map) {
     const ReachValue& v = map.value;
-    map.words.assign(map.words.size(), ~uint64_t{0});
+    std::memset(map.words, 0xff, map.bytes());
     const int64_t words = words_of(v.bits);
     for (int64_t p = 0; p < v.planes && v.bits % 64 != 0; ++p) {
-      map.words[static_cast<size_t>((p + 1) * words - 1)] = (uint64_t{1} << v.bits % 64) - 1;
+      map.words[(p + 1) * words - 1] = (uint64_t{1} << v.bits % 64) - 1;
     }
     map.clear = map.known = false;
   }
@@ -131,7 +171,7 @@ class Reach {
     if (!map.known) {
       map.states.resize(static_cast<size_t>(map.value.planes));
       FASTPRUNE_PICK(reach_states)
-      (map.words.data(), map.value.planes, map.value.bits, map.states.data());
+      (read(map), map.value.planes, map.value.bits, map.states.data());
       map.known = true;
     }
     return map.states.data();
@@ -150,7 +190,7 @@ class Reach {
     const bool fresh = found == nullptr;
     if (fresh) {
       covers_.push_back(Covers{g, Words(static_cast<size_t>((g.taps() + 1) * (small + large))),
-                               std::vector<uint8_t>(static_cast<size_t>(2 * g.taps()))});
+                               std::vector<uint8_t>(static_cast<size_t>(3 * g.taps()))});
       found = &covers_.back();
     }
     uint64_t* at = found->words.data();
@@ -159,7 +199,8 @@ class Reach {
                          at + g.taps() * (small + large),
                          at + g.taps() * (small + large) + small,
                          found->saturates.data(),
-                         found->saturates.data() + g.taps()};
+                         found->saturates.data() + g.taps(),
+                         found->saturates.data() + 2 * g.taps()};
     if (fresh) {
       Words rows(static_cast<size_t>(words_of(g.small[2]) + words_of(g.large[2])));
       FASTPRUNE_PICK(reach_taps)(g, taps, rows.data());
@@ -173,14 +214,14 @@ class Reach {
     const int64_t words = words_of(g.cols());
     const ReachTaps taps = taps_of(g);
     const uint8_t* from_states = states(from);
-    uint64_t* result = result_for(to);
+    uint64_t* result = result_for(to, !gathers);
     if (gathers) {
       FASTPRUNE_PICK(reach_gather)
-      (g, taps, mask_bits(i), from.words.data(), from_states, result,
-       scratch(words + words_of(g.taps())), 0, g.rows);
+      (g, taps, mask_bits(i), from.words, from_states, result, scratch(words + words_of(g.taps())),
+       0, g.rows);
     } else {
       FASTPRUNE_PICK(reach_spread)
-      (g, taps, mask_bits(i), from.words.data(), from_states, result, scratch(3 * words));
+      (g, taps, mask_bits(i), from.words, from_states, result, scratch(3 * words));
     }
     take_result(to);
   }
@@ -190,14 +231,15 @@ class Reach {
       fill(at(forward_, i, 0));
     } else if (i.op == ReachOp::join) {
       for (size_t k = 1; k < i.values.size(); ++k) {
-        merge(at(forward_, i, 0), at(forward_, i, k).words);
+        merge(at(forward_, i, 0), read(at(forward_, i, k)));
       }
     } else if (i.op == ReachOp::conv) {
       conv(i, at(forward_, i, 0), at(forward_, i, 1), !i.transposed);
     } else if (i.op == ReachOp::linear) {
       Map &in = at(forward_, i, 0), &out = at(forward_, i, 1);
+      const uint64_t* given = read(in);
       FASTPRUNE_PICK(reach_linear)
-      (mask_bits(i), i.rows, i.cols, i.tokens, in.words.data(), result_for(out));
+      (mask_bits(i), i.rows, i.cols, i.tokens, given, result_for(out, false));
       take_result(out);
     } else if (i.op == ReachOp::copy) {
       copy(at(forward_, i, 0), at(forward_, i, 1));
@@ -211,14 +253,15 @@ class Reach {
       fill(at(backward_, i, 0));
     } else if (i.op == ReachOp::join) {
       for (size_t k = 1; k < i.values.size(); ++k) {
-        merge(at(backward_, i, k), at(backward_, i, 0).words);
+        merge(at(backward_, i, k), read(at(backward_, i, 0)));
       }
     } else if (i.op == ReachOp::conv) {
       conv(i, at(backward_, i, 1), at(backward_, i, 0), i.transposed);
     } else if (i.op == ReachOp::linear) {
       Map &in = at(backward_, i, 0), &out = at(backward_, i, 1);
+      const uint64_t* given = read(out);
       FASTPRUNE_PICK(reach_linear_back)
-      (mask_bits(i), i.rows, i.cols, i.tokens, out.words.data(), result_for(in));
+      (mask_bits(i), i.rows, i.cols, i.tokens, given, result_for(in, false));
       take_result(in);
     } else if (i.op == ReachOp::copy) {
       copy(at(backward_, i, 1), at(backward_, i, 0));
@@ -233,26 +276,26 @@ class Reach {
     uint64_t* active = active_[m].empty() ? nullptr : active_[m].data();
     Map &in = at(forward_, i, 0), &out = at(backward_, i, 1);
     if (i.op == ReachOp::linear) {
-      counts_[m] += FASTPRUNE_PICK(reach_linear_active)(mask_bits(i), i.rows, i.cols, i.tokens,
-                                                        in.words.data(), out.words.data(), active,
-                                                        scratch(2 * words_of(i.cols)));
+      counts_[m] +=
+          FASTPRUNE_PICK(reach_linear_active)(mask_bits(i), i.rows, i.cols, i.tokens, read(in),
+                                              read(out), active, scratch(2 * words_of(i.cols)));
       return;
     }
     const ReachGeometry& g = i.geometry;
     Map &large = i.transposed ? out : in, &small = i.transposed ? in : out;
-    counts_[m] += FASTPRUNE_PICK(reach_active)(
-        g, taps_of(g), mask_bits(i), large.words.data(), states(large), small.words.data(),
-        states(small), active, scratch((g.groups + 1) * words_of(g.cols())));
+    counts_[m] += FASTPRUNE_PICK(reach_active)(g, taps_of(g), mask_bits(i), read(large),
+                                               states(large), read(small), states(small), active,
+                                               scratch((g.groups + 1) * words_of(g.cols())));
   }
 
   // f(element) for every set bit.
   template <typename F>
-  static void for_each_set(const Map& map, const F& f) {
+  void for_each_set(Map& map, const F& f) {
+    const uint64_t* from = read(map);
     const int64_t words = words_of(map.value.bits);
     for (int64_t p = 0; p < map.value.planes; ++p) {
       for (int64_t w = 0; w < words; ++w) {
-        for (uint64_t left = map.words[static_cast<size_t>(p * words + w)]; left != 0;
-             left &= left - 1) {
+        for (uint64_t left = from[p * words + w]; left != 0; left &= left - 1) {
           f(p * map.value.bits + 64 * w + __builtin_ctzll(left));
         }
       }
@@ -260,19 +303,21 @@ class Reach {
   }
   void set(Map& map, int64_t element) {
     const ReachValue& v = map.value;
-    uint64_t& word =
-        map.words[static_cast<size_t>(element / v.bits * words_of(v.bits) + element % v.bits / 64)];
+    uint64_t& word = read(map)[element / v.bits * words_of(v.bits) + element % v.bits / 64];
     const uint64_t bit = uint64_t{1} << element % v.bits % 64;
     changed_ = changed_ || (word & bit) == 0;
     word |= bit;
-    map.clear = map.known = false;
+    map.known = false;
   }
 
-  void copy(const Map& from, Map& to) {
-    for_each_set(from, [&](int64_t e) { set(to, e); });
+  void copy(Map& from, Map& to) {
+    const uint64_t* given = read(from);
+    FASTPRUNE_PICK(reach_copy)
+    (given, from.value.planes, from.value.bits, result_for(to, true), to.value.bits);
+    take_result(to);
   }
 
-  void groups(const ReachInstruction& i, const Map& from, int64_t from_labels, Map& to,
+  void groups(const ReachInstruction& i, Map& from, int64_t from_labels, Map& to,
               int64_t to_labels) {
     const auto labels = [&](int64_t which) {
       return static_cast<const int32_t*>(labels_[static_cast<size_t>(which)].const_data_ptr());
@@ -296,8 +341,9 @@ class Reach {
 
   const ReachProgram& program_;
   const std::vector<Tensor>& labels_;
-  std::vector<Map> forward_, backward_;  // reached from an input; reaching an output
-  std::vector<Words> bits_, active_;     // of the masks
+  std::shared_ptr<const Scratch> memory_;  // of the maps
+  std::vector<Map> forward_, backward_;    // reached from an input; reaching an output
+  std::vector<Words> bits_, active_;       // of the masks
   std::vector<int64_t> counts_;
   std::vector<Covers> covers_;
   Words scratch_, result_;

@@ -8,16 +8,6 @@ namespace {
 
 constexpr int64_t kMaxBlockCols = 32767;  // an offset is a non-negative int16
 
-PatternView view_of(const PatternShape& s, bool transposed) {
-  PatternView v{};
-  v.groups = s.groups;
-  v.taps = s.taps;
-  v.rows = transposed ? s.groups * s.depth : s.rows;
-  v.depth = transposed ? s.rows / s.groups : s.depth;
-  v.block_depth = transposed ? s.transposed_block_depth : s.block_depth;
-  return v;
-}
-
 void check_shape(const PatternShape& s, const char* op) {
   STD_TORCH_CHECK(s.groups >= 1 && s.rows >= 0 && s.rows % s.groups == 0, op,
                   ": groups: expected a positive divisor of the ", s.rows, " rows, got ", s.groups);
@@ -36,14 +26,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_pattern(const Tensor& mask_in, i
                                                         int64_t transposed_block_depth) {
   const char* op = "pack_pattern";
   check_cpu(mask_in, op, "mask");
-  check_dtype(mask_in, ScalarType::Bool, op, "mask");
-  check_dim(mask_in, 2, op, "mask");
-  STD_TORCH_CHECK(taps >= 1 && mask_in.size(1) % taps == 0, op,
-                  ": taps: expected a positive divisor of the ", mask_in.size(1), " columns, got ",
-                  taps);
-  const PatternShape shape{mask_in.size(0),       groups, mask_in.size(1) / taps, taps, block_depth,
-                           transposed_block_depth};
-  check_shape(shape, op);
+  const PatternShape shape =
+      validate_pack_pattern(mask_in, groups, taps, block_depth, transposed_block_depth);
   const Tensor mask = dense(mask_in);
   PatternView forward = view_of(shape, false), transposed = view_of(shape, true);
   const int64_t bounds = checked_product(forward.blocks(), forward.rows, op) + 1;
@@ -104,14 +88,38 @@ Tensor apply_mask(const Tensor& values_in, const Tensor& mask_in) {
 
 }  // namespace
 
-PatternView checked_pattern(const Tensor& row_ptr, const Tensor& offset, const PatternShape& shape,
-                            bool transposed, const char* op) {
+PatternView view_of(const PatternShape& s, bool transposed) {
+  PatternView v{};
+  v.groups = s.groups;
+  v.taps = s.taps;
+  v.rows = transposed ? s.groups * s.depth : s.rows;
+  v.depth = transposed ? s.rows / s.groups : s.depth;
+  v.block_depth = transposed ? s.transposed_block_depth : s.block_depth;
+  return v;
+}
+
+PatternShape validate_pack_pattern(const Tensor& mask, int64_t groups, int64_t taps,
+                                   int64_t block_depth, int64_t transposed_block_depth) {
+  const char* op = "pack_pattern";
+  check_dtype(mask, ScalarType::Bool, op, "mask");
+  check_dim(mask, 2, op, "mask");
+  STD_TORCH_CHECK(taps >= 1 && mask.size(1) % taps == 0, op,
+                  ": taps: expected a positive divisor of the ", mask.size(1), " columns, got ",
+                  taps);
+  const PatternShape shape{mask.size(0), groups,      mask.size(1) / taps,
+                           taps,         block_depth, transposed_block_depth};
+  check_shape(shape, op);
+  return shape;
+}
+
+PatternView validate_pattern(const Tensor& row_ptr, const Tensor& offset, const Tensor& first,
+                             const PatternShape& shape, bool transposed, const char* op) {
   check_shape(shape, op);
   PatternView v = view_of(shape, transposed);
   const char* row_ptr_name = transposed ? "transposed_row_ptr" : "row_ptr";
   const char* offset_name = transposed ? "transposed_offset" : "offset";
-  check_cpu(row_ptr, op, row_ptr_name);
-  check_cpu(offset, op, offset_name);
+  check_same_device(row_ptr, first, op, row_ptr_name, "the other arguments");
+  check_same_device(offset, first, op, offset_name, "the other arguments");
   check_dtype(row_ptr, ScalarType::Long, op, row_ptr_name);
   check_dtype(offset, ScalarType::Short, op, offset_name);
   check_dim(row_ptr, 1, op, row_ptr_name);
@@ -122,10 +130,17 @@ PatternView checked_pattern(const Tensor& row_ptr, const Tensor& offset, const P
   v.nnz = offset.numel();
   v.row_ptr = static_cast<const int64_t*>(row_ptr.const_data_ptr());
   v.offset = static_cast<const int16_t*>(offset.const_data_ptr());
-  STD_TORCH_CHECK(FASTPRUNE_PICK(pattern_is_valid)(v), op, ": ", row_ptr_name,
-                  ": expected bounds "
-                  "that start at 0, never decrease and end at the ",
-                  v.nnz, " entries of ", offset_name, ", and offsets inside their block");
+  return v;
+}
+
+PatternView checked_pattern(const Tensor& row_ptr, const Tensor& offset, const PatternShape& shape,
+                            bool transposed, const char* op) {
+  check_cpu(row_ptr, op, transposed ? "transposed_row_ptr" : "row_ptr");
+  const PatternView v = validate_pattern(row_ptr, offset, row_ptr, shape, transposed, op);
+  STD_TORCH_CHECK(
+      FASTPRUNE_PICK(pattern_is_valid)(v), op, ": ", transposed ? "transposed_row_ptr" : "row_ptr",
+      ": expected bounds that start at 0, never decrease and end at the ", v.nnz, " entries of ",
+      transposed ? "transposed_offset" : "offset", ", and offsets inside their block");
   return v;
 }
 
@@ -177,13 +192,13 @@ void scatter_to_dense(const PatternView& forward, DType dtype, const void* value
                  });
 }
 
-std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows,
-                                   ScalarType dtype, const char* op) {
+std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& x,
+                                   const char* op) {
   if (!bias.has_value()) return std::nullopt;
-  check_cpu(*bias, op, "bias");
+  check_same_device(*bias, x, op, "bias", "x");
   check_dim(*bias, 1, op, "bias");
   check_size(*bias, 0, rows, op, "bias");
-  check_dtype(*bias, dtype, op, "bias");
+  check_dtype(*bias, x.scalar_type(), op, "bias");
   return dense(torch::stable::to(*bias, accumulator_type(dtype_of(*bias, op, "bias"))));
 }
 

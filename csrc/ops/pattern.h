@@ -15,7 +15,14 @@ struct PatternShape {
   int64_t block_depth, transposed_block_depth;
 };
 
-// Checks the tensors of one pattern against its shape: dtypes, lengths, and every bound and offset.
+// What can be checked of a mask or of a pattern's tensors without reading them, on any device.
+PatternShape validate_pack_pattern(const Tensor& mask, int64_t groups, int64_t taps,
+                                   int64_t block_depth, int64_t transposed_block_depth);
+PatternView view_of(const PatternShape& shape, bool transposed);
+PatternView validate_pattern(const Tensor& row_ptr, const Tensor& offset, const Tensor& first,
+                             const PatternShape& shape, bool transposed, const char* op);
+
+// On the CPU, every bound and offset too.
 PatternView checked_pattern(const Tensor& row_ptr, const Tensor& offset, const PatternShape& shape,
                             bool transposed, const char* op);
 
@@ -27,9 +34,9 @@ Tensor transposed_values(const PatternView& forward, const PatternView& transpos
 void scatter_to_dense(const PatternView& forward, DType dtype, const void* values,
                       Tensor& weight_grad);
 
-// Bias in the accumulator type, or nothing; checked against the number of rows.
-std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows,
-                                   ScalarType dtype, const char* op);
+// Bias in the accumulator type, or nothing; checked against x and the number of rows.
+std::optional<Tensor> checked_bias(const std::optional<Tensor>& bias, int64_t rows, const Tensor& x,
+                                   const char* op);
 
 // The windows of sorted rows (kRowWindow), in order, and the entries that they hold.
 class Windows {

@@ -65,10 +65,9 @@ Tensor planned_linear(const Tensor& x, const Tensor& weight, const std::optional
   const MaskedLinearCall call = validate_masked_linear(x, "x", weight, 1, 1, false, op);
   const Planned planned(plan, call.shape, weight, version, op);
   check_residual(residual, {call.batch, call.shape.rows}, x.scalar_type(), op);
-  return linear_product(
-      planned.weight, false, call.dtype, x,
-      Epilogue{checked_bias(bias, call.shape.rows, x.scalar_type(), op), residual, relu},
-      checked_layout(layout, op));
+  return linear_product(planned.weight, false, call.dtype, x,
+                        Epilogue{checked_bias(bias, call.shape.rows, x, op), residual, relu},
+                        checked_layout(layout, op));
 }
 
 Tensor planned_linear_input_grad(const Tensor& grad, const Tensor& weight, int64_t plan,
@@ -100,15 +99,6 @@ MaskedConv2dCall conv_call(const Tensor& typed, Pair x_sizes, Pair weight_sizes,
                                 1, op);
 }
 
-void check_conv_grad(const Tensor& grad, const MaskedConv2dCall& c, const char* op) {
-  check_cpu(grad, op, "grad");
-  check_dim(grad, 4, op, "grad");
-  check_size(grad, 0, c.batch, op, "grad");
-  check_size(grad, 1, c.shape.rows, op, "grad");
-  check_size(grad, 2, c.out_height, op, "grad");
-  check_size(grad, 3, c.out_width, op, "grad");
-}
-
 Tensor planned_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                       int64_t plan, int64_t version, std::vector<int64_t> stride,
                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
@@ -121,10 +111,9 @@ Tensor planned_conv2d(const Tensor& x, const Tensor& weight, const std::optional
       conv_call(x, x.sizes(), weight.sizes(), stride, padding, dilation, groups, op);
   const Planned planned(plan, c.shape, false, &weight, version, op);
   check_residual(residual, {c.batch, c.shape.rows, c.out_height, c.out_width}, x.scalar_type(), op);
-  return conv_forward(
-      c, planned.weight, x,
-      Epilogue{checked_bias(bias, c.shape.rows, x.scalar_type(), op), residual, relu},
-      checked_layout(layout, op));
+  return conv_forward(c, planned.weight, x,
+                      Epilogue{checked_bias(bias, c.shape.rows, x, op), residual, relu},
+                      checked_layout(layout, op));
 }
 
 Tensor planned_conv2d_input_grad(const Tensor& grad, const Tensor& weight, int64_t plan,
@@ -136,7 +125,7 @@ Tensor planned_conv2d_input_grad(const Tensor& grad, const Tensor& weight, int64
   check_dtype(weight, grad.scalar_type(), op, "weight");
   const MaskedConv2dCall c =
       conv_call(grad, x_sizes, weight.sizes(), stride, padding, dilation, groups, op);
-  check_conv_grad(grad, c, op);
+  check_output_grad(grad, c, op);
   const Planned planned(plan, c.shape, true, &weight, version, op);
   return conv_input_grad(c, planned.weight, grad, Layout::like_input);
 }
@@ -150,7 +139,7 @@ Tensor planned_conv2d_weight_grad(const Tensor& grad, const Tensor& x, int64_t p
   check_dtype(grad, x.scalar_type(), op, "grad");
   const MaskedConv2dCall c =
       conv_call(x, x.sizes(), weight_sizes, stride, padding, dilation, groups, op);
-  check_conv_grad(grad, c, op);
+  check_output_grad(grad, c, op);
   const Planned planned(plan, c.shape, false, nullptr, -1, op);
   return conv_weight_grad(c, planned.weight, grad, x);
 }

@@ -23,7 +23,8 @@ class Timing:
         return asdict(self)
 
 
-def _quartiles(samples: list[float]) -> Timing:
+def quartiles(samples: list[float]) -> Timing:
+    """The statistics of some runs, seconds each."""
     ordered = sorted(samples)
     last = len(ordered) - 1
     return Timing(
@@ -82,7 +83,7 @@ def measure(
     while True:
         rounds = len(next(iter(samples.values())))
         if rounds >= max_rounds or (rounds >= min_rounds and spent >= min_time * len(fns)):
-            return {name: _quartiles(s) for name, s in samples.items()}
+            return {name: quartiles(s) for name, s in samples.items()}
         for name, fn in fns.items():
             samples[name].append(seconds(fn, repeats[name]))
             spent += samples[name][-1] * repeats[name]

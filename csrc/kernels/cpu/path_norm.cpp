@@ -81,6 +81,28 @@ bool reach_merge(uint64_t* to, const uint64_t* from, int64_t words) {
   return fresh != 0;
 }
 
+void reach_copy(const uint64_t* from, int64_t planes, int64_t bits, uint64_t* to, int64_t to_bits) {
+  const int64_t words = words_of(bits), to_words = words_of(to_bits);
+  int64_t at = 0;  // in the plane that `to` points to
+  for (int64_t p = 0; p < planes; ++p) {
+    for (int64_t w = 0; w < words; ++w) {
+      uint64_t word = from[p * words + w];
+      for (int64_t left = bits - 64 * w < 64 ? bits - 64 * w : 64; left > 0;) {
+        const int64_t n = to_bits - at < left ? to_bits - at : left;
+        const uint64_t some[1] = {n == 64 ? word : word & ((uint64_t{1} << n) - 1)};
+        or_bits(to, at, some, n);
+        word = n == 64 ? 0 : word >> n;
+        left -= n;
+        at += n;
+        if (at == to_bits) {
+          to += to_words;
+          at = 0;
+        }
+      }
+    }
+  }
+}
+
 void reach_states(const uint64_t* map, int64_t planes, int64_t bits, uint8_t* states) {
   const int64_t words = words_of(bits);
   const uint64_t last = bits % 64 == 0 ? ~uint64_t{0} : (uint64_t{1} << bits % 64) - 1;
@@ -110,6 +132,7 @@ void reach_taps(const ReachGeometry& g, const ReachTaps& taps, uint64_t* rows) {
   }
   for (int64_t t = 0; t < g.taps(); ++t) {
     taps.saturates_small[t] = same_words(taps.small + t * small_words, taps.all_small, small_words);
+    taps.joins[t] = any_word(taps.small + t * small_words, small_words);
     taps.saturates_large[t] = same_words(taps.large + t * large_words, taps.all_large, large_words);
   }
 }
@@ -122,6 +145,7 @@ void reach_gather(const ReachGeometry& g, const ReachTaps& taps, const uint64_t*
   const int64_t small_words = words_of(g.small_bits()), large_words = words_of(g.large_bits());
   if (mask == nullptr) fill_ones(scratch, g.cols());
   uint64_t* seen = scratch + words;  // taps that a full plane brought already
+  const Divider by_taps(n_taps);
   for (int64_t o = begin; o < end; ++o) {
     const uint64_t* row = mask_row(mask, o, words, scratch);
     const int64_t first = o / (g.rows / g.groups) * g.depth;
@@ -136,7 +160,8 @@ void reach_gather(const ReachGeometry& g, const ReachTaps& taps, const uint64_t*
     }
     for (int64_t w = 0; w < words && !saturated; ++w) {
       for (uint64_t left = row[w]; left != 0 && !saturated; left &= left - 1) {
-        const int64_t i = 64 * w + __builtin_ctzll(left), c = first + i / n_taps, t = i % n_taps;
+        const int64_t i = 64 * w + __builtin_ctzll(left), q = by_taps(i), t = i - q * n_taps;
+        const int64_t c = first + q;
         if (large_states[c] == kReachEmpty) continue;
         if (large_states[c] == kReachFull) {
           if ((seen[t / 64] >> t % 64 & 1u) != 0) continue;
@@ -163,6 +188,7 @@ void reach_spread(const ReachGeometry& g, const ReachTaps& taps, const uint64_t*
   uint64_t *open = scratch, *at = scratch + words, *ones = scratch + 2 * words;
   fill_ones(ones, g.cols());
   const int64_t per_group = g.rows / g.groups;
+  const Divider by_taps(n_taps);
   for (int64_t q = 0; q < g.groups; ++q) {
     std::memcpy(open, ones, static_cast<size_t>(words) * 8);
     int64_t n_open = words;
@@ -181,7 +207,7 @@ void reach_spread(const ReachGeometry& g, const ReachTaps& taps, const uint64_t*
       for (int64_t k = 0; k < n_open; ++k) {
         const int64_t w = static_cast<int64_t>(at[k]);
         for (uint64_t left = row[w] & open[w]; left != 0; left &= (left - 1) & open[w]) {
-          const int64_t i = 64 * w + __builtin_ctzll(left), c = i / n_taps, t = i % n_taps;
+          const int64_t i = 64 * w + __builtin_ctzll(left), c = by_taps(i), t = i - c * n_taps;
           uint64_t* to = large + (q * g.depth + c) * large_words;
           if (full) {
             open[w] &= ~(uint64_t{1} << i % 64);
@@ -215,12 +241,12 @@ int64_t reach_active(const ReachGeometry& g, const ReachTaps& taps, const uint64
   for (int64_t c = 0; c < g.planes(); ++c) {
     if (large_states[c] == kReachEmpty) continue;
     uint64_t* live = scratch + c / g.depth * words;
-    for (int64_t t = 0; t < n_taps; ++t) {
+    int64_t i = c % g.depth * n_taps;
+    for (int64_t t = 0; t < n_taps; ++t, ++i) {
       const uint64_t* cover = taps.small + t * small_words;
       const bool any = large_states[c] == kReachFull
-                           ? any_word(cover, small_words)
+                           ? taps.joins[t] != 0
                            : join.meets(t, cover, large + c * large_words, nullptr);
-      const int64_t i = c % g.depth * n_taps + t;
       if (any) live[i / 64] |= uint64_t{1} << i % 64;
     }
   }

@@ -34,7 +34,8 @@ FASTPRUNE_HOST_DEVICE inline int64_t words_of(int64_t bits) { return (bits + 63)
 struct ReachTaps {
   uint64_t *small, *large;
   uint64_t *all_small, *all_large;
-  uint8_t *saturates_small, *saturates_large;  // per tap: it joins all that any tap does
+  // Per tap: it joins all that any tap does; it joins anything.
+  uint8_t *saturates_small, *saturates_large, *joins;
 };
 
 // Of a plane.
@@ -49,6 +50,9 @@ FASTPRUNE_PER_ISA(
     int64_t reach_count(const uint64_t* bits, int64_t words);
     // to |= from; whether that changed anything.
     bool reach_merge(uint64_t* to, const uint64_t* from, int64_t words);
+    // The same elements cut into other planes: to |= from.
+    void reach_copy(const uint64_t* from, int64_t planes, int64_t bits, uint64_t* to,
+                    int64_t to_bits);
     void reach_states(const uint64_t* map, int64_t planes, int64_t bits, uint8_t* states);
     // Fills the buffers: taps() * words and words for either side. rows: zeros, words_of(small[2])
     // + words_of(large[2]) words, left as they were.

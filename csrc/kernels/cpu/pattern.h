@@ -28,17 +28,19 @@ struct PatternView {
   const int32_t* row_at = nullptr;
   const int32_t* place_of = nullptr;
 
-  int64_t blocks() const { return depth == 0 ? 0 : (depth + block_depth - 1) / block_depth; }
-  int64_t cols() const { return depth * taps; }
-  int64_t block_cols() const { return block_depth * taps; }
-  int64_t row_of(int64_t b, int64_t place) const {
+  FASTPRUNE_HOST_DEVICE int64_t blocks() const {
+    return depth == 0 ? 0 : (depth + block_depth - 1) / block_depth;
+  }
+  FASTPRUNE_HOST_DEVICE int64_t cols() const { return depth * taps; }
+  FASTPRUNE_HOST_DEVICE int64_t block_cols() const { return block_depth * taps; }
+  FASTPRUNE_HOST_DEVICE int64_t row_of(int64_t b, int64_t place) const {
     return row_at == nullptr ? place : row_at[b * rows + place];
   }
-  int64_t place(int64_t b, int64_t row) const {
+  FASTPRUNE_HOST_DEVICE int64_t place(int64_t b, int64_t row) const {
     return place_of == nullptr ? row : place_of[b * rows + row];
   }
   // Channels of block b; the last block may be short.
-  int64_t depth_of(int64_t b) const {
+  FASTPRUNE_HOST_DEVICE int64_t depth_of(int64_t b) const {
     const int64_t left = depth - b * block_depth;
     return left < block_depth ? left : block_depth;
   }

@@ -70,6 +70,22 @@ inline void or_bits(uint64_t* to, int64_t at, const uint64_t* bits, int64_t n) {
   }
 }
 
+// i / divisor for 0 <= i, divisor < 2^32 by a multiplication.
+class Divider {
+ public:
+  explicit Divider(int64_t divisor)
+      : one_(divisor == 1), reciprocal_(~uint64_t{0} / static_cast<uint64_t>(divisor) + 1) {}
+  int64_t operator()(int64_t i) const {
+    const unsigned __int128 product =
+        static_cast<unsigned __int128>(static_cast<uint64_t>(i)) * reciprocal_;
+    return one_ ? i : static_cast<int64_t>(product >> 64);
+  }
+
+ private:
+  bool one_;
+  uint64_t reciprocal_;
+};
+
 inline void set_bit(uint64_t* plane, int64_t i) { plane[i / 64] |= uint64_t{1} << i % 64; }
 
 // How the taps of a geometry move planes: in one shift where they can, otherwise one position at a

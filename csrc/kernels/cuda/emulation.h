@@ -293,6 +293,7 @@ inline double __dadd_rn(double a, double b) {
   volatile double sum = a + b;
   return sum;
 }
+inline double __dsqrt_rn(double x) { return std::sqrt(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 using std::fma;
 using std::fmaf;

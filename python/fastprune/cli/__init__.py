@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastprune demo`` and ``python -m fastprune bench``.
+"""The command line: ``python -m fastprune demo``, ``bench`` and ``gpu-check``.
 
 Each subcommand is a module of this package with ``SUMMARY``, ``add_arguments(parser)`` and
 ``run(args) -> int``; a new one is one more name in ``COMMANDS``.
@@ -16,8 +16,8 @@ from fastprune.cli.common import InterruptedRunError, UsageError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("demo", "bench")
-"""Names of the subcommands, each a module of this package."""
+COMMANDS = ("demo", "bench", "gpu-check")
+"""Names of the subcommands, each a module of this package (with _ in place of -)."""
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        command = importlib.import_module(f"fastprune.cli.{name}")
+        command = importlib.import_module(f"fastprune.cli.{name.replace('-', '_')}")
         sub = subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)

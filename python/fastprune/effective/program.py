@@ -101,7 +101,7 @@ class Program:
 
     def input(self, shape: Sequence[int]) -> Value:
         """A map that is reached everywhere."""
-        value = self.value(shape)
+        value = self.value(shape, shape[1] if len(shape) > 2 else None)  # channels, most likely
         self.instructions.append(Instruction(INPUT, (value.number,)))
         return value
 

@@ -49,6 +49,22 @@ def _fake(
     return [v.new_empty(v.shape, dtype=torch.bool) for _ in range(selections) for v in values]
 
 
+@torch.library.register_fake("fastprune::global_topk_mask_status")
+def _fake_status(
+    values: list[Tensor],
+    other: list[Tensor],
+    within: list[Tensor],
+    counts: list[int],
+    scope: str,
+    score: str,
+    scale: Sequence[float] = (),
+    seed: int = 0,
+    packed: bool = False,
+) -> list[Tensor]:
+    masks = _fake(values, other, within, counts, scope, score, scale, seed, packed)
+    return [*masks, values[0].new_empty([2], dtype=torch.int64)]
+
+
 @torch.library.register_fake("fastprune::topk_kept")
 def _fake_kept(
     values: list[Tensor],
@@ -167,8 +183,15 @@ def global_topk_mask(
     ``min_per_tensor`` further passes while tensors fall short. Extra memory: a few per cent of the
     scores, never a copy of them, contiguous or not; a contiguous copy of a non-contiguous
     ``within``. The result does not depend on the number of threads. Not differentiable: inputs
-    that require a gradient are read as constants. On CUDA the plain torch reference computes the
-    same masks.
+    that require a gradient are read as constants.
+
+    On CUDA: the same masks to the bit; two reads of the factors, further ones where more than a
+    fiftieth of them shares the leading bits of the threshold (massed values), and one more read
+    for each further count of a sweep; contiguous copies of non-contiguous tensors. It waits for
+    the GPU once, to learn of NaN scores, but not while a CUDA graph is captured: then the next
+    call on a CUDA device after the graph's replay raises a RuntimeError. ``lamp`` scores are made
+    by the plain torch reference, which no graph captures, as is everything in a build without
+    CUDA kernels.
 
     Papers: de Jorge et al. 2021, Algorithm 1, line 8; the scopes global, layer and neuron as in
     Diao et al. 2023, Section 4; filters ranked across layers as in Lin et al. 2020; LAMP as in Lee

@@ -16,6 +16,7 @@ from fastprune.ops.pattern import (
     below_autograd,
     check_operands,
     check_weight_grad,
+    has_cuda_kernel,
     needs_grad,
     recorder,
 )
@@ -69,7 +70,8 @@ def masked_conv2d(
         TypeError: a dtype is unsupported or differs between arguments, or ``mask`` is neither.
         ValueError: shapes, devices or the geometry do not fit; the message names the argument.
     Cost: 2 * nnz * batch * output pixels flops; each input pixel is packed once per block of
-    channels and row strip. Differentiable once. On a CUDA device the plain-torch reference runs.
+    channels and row strip. Differentiable once. A build without CUDA kernels runs the
+    plain-torch reference there.
     """
     given = weight
     x, weight, bias = autocast(x, weight, bias)
@@ -315,7 +317,7 @@ class MaskedConv2dFunction(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
-# On CUDA tensors the oracle runs, until there are kernels.
+# In a build without CUDA kernels the oracle runs on CUDA tensors.
 
 
 def on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -341,6 +343,9 @@ def weight_grad_on_cuda(
     return reference.masked_conv2d_weight_grad(grad, x, mask, *geometry)
 
 
-torch.library.register_kernel("fastprune::masked_conv2d", "cuda", on_cuda)
-torch.library.register_kernel("fastprune::masked_conv2d_input_grad", "cuda", input_grad_on_cuda)
-torch.library.register_kernel("fastprune::masked_conv2d_weight_grad", "cuda", weight_grad_on_cuda)
+if not has_cuda_kernel("masked_conv2d"):
+    torch.library.register_kernel("fastprune::masked_conv2d", "cuda", on_cuda)
+    torch.library.register_kernel("fastprune::masked_conv2d_input_grad", "cuda", input_grad_on_cuda)
+    torch.library.register_kernel(
+        "fastprune::masked_conv2d_weight_grad", "cuda", weight_grad_on_cuda
+    )

@@ -16,6 +16,7 @@ from fastprune.ops.pattern import (
     below_autograd,
     check_operands,
     check_weight_grad,
+    has_cuda_kernel,
     needs_grad,
     recorder,
 )
@@ -55,7 +56,7 @@ def masked_linear(
         ValueError: shapes or devices do not fit; the message names the argument.
     Cost: 2 * nnz * batch flops; reads the kept weights once per 64 rows of ``x``. An autocast
     region casts the arguments as it does for ``torch.nn.functional.linear``. Differentiable once.
-    On a CUDA device the plain-torch reference runs.
+    A build without CUDA kernels runs the plain-torch reference there.
     """
     given = weight
     x, weight, bias = autocast(x, weight, bias)
@@ -223,7 +224,7 @@ class MaskedLinearFunction(torch.autograd.Function):
     backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
 
 
-# On CUDA tensors the oracle runs, until there are kernels.
+# In a build without CUDA kernels the oracle runs on CUDA tensors.
 
 
 def on_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -248,6 +249,9 @@ def weight_grad_on_cuda(
     return reference.masked_linear_weight_grad(grad, x, mask)
 
 
-torch.library.register_kernel("fastprune::masked_linear", "cuda", on_cuda)
-torch.library.register_kernel("fastprune::masked_linear_input_grad", "cuda", input_grad_on_cuda)
-torch.library.register_kernel("fastprune::masked_linear_weight_grad", "cuda", weight_grad_on_cuda)
+if not has_cuda_kernel("masked_linear"):
+    torch.library.register_kernel("fastprune::masked_linear", "cuda", on_cuda)
+    torch.library.register_kernel("fastprune::masked_linear_input_grad", "cuda", input_grad_on_cuda)
+    torch.library.register_kernel(
+        "fastprune::masked_linear_weight_grad", "cuda", weight_grad_on_cuda
+    )

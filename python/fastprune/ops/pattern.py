@@ -20,6 +20,10 @@ _ENTRIES_PER_BLOCK = 16
 _CONV_COLS = (144, 320)
 _CONV_ENTRIES = 19
 _POINTWISE_COLS = (128, 256)
+# On CUDA, what fits a multiprocessor's shared memory twice; the kernels cut further where a tile
+# needs more room. (csrc/kernels/cuda/panel.h)
+_CUDA_COLS = 192
+_CUDA_CONV_COLS = 288
 _MAX_BLOCK_COLS = 32767
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
@@ -79,12 +83,27 @@ def block_depth(depth: int, taps: int, density: float, conv: bool) -> int:
     return max(1, min(int(cols) // taps, _MAX_BLOCK_COLS // taps, depth))
 
 
+def cuda_block_depth(depth: int, taps: int) -> int:
+    """The same on CUDA, whatever the density: so a mask is packed without being counted first."""
+    cols = _CUDA_COLS if taps == 1 else _CUDA_CONV_COLS
+    return max(1, min(cols // taps, depth))
+
+
+def has_cuda_kernel(op: str) -> bool:
+    """Whether this build has a CUDA kernel of ``op``; else the plain-torch reference stands in."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprune::{op}", "CUDA")
+
+
+_pack_on_cuda = has_cuda_kernel("pack_pattern")
+
+
 def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
     """Pack the mask of a linear or 2-d convolution weight for the sparse products.
 
     Args:
         mask: bool tensor shaped like the weight, (out, in) or (out, in / groups, height, width);
-            True where the weight is kept. Any device; the packing itself runs on the CPU.
+            True where the weight is kept. Any device; packed there on CPU and CUDA (which waits for
+            the GPU once), else on the CPU.
         groups: convolution groups; 1 for a linear weight.
     Returns:
         A :class:`Pattern` on the mask's device: 4 bytes per kept weight, plus 8 bytes per row and
@@ -108,20 +127,23 @@ def pack(mask: Tensor, *, groups: int = 1) -> Pattern:
     depth, taps = mask.shape[1], mask.shape[2] * mask.shape[3] if mask.dim() == 4 else 1
     if taps < 1 or taps > _MAX_BLOCK_COLS:
         raise ValueError(f"mask: expected 1 to {_MAX_BLOCK_COLS} kernel positions, got {taps}")
-    on_cpu = mask.detach().to("cpu").reshape(rows, depth * taps)
-    nnz = int(on_cpu.count_nonzero())
-    density = nnz / max(on_cpu.numel(), 1)
-    conv = mask.dim() == 4
-    blocks = (
-        block_depth(depth, taps, density, conv),
-        block_depth(rows // groups, taps, density, conv),
-    )
+    on_cuda = mask.device.type == "cuda" and _pack_on_cuda
+    flat = (mask.detach() if on_cuda else mask.detach().to("cpu")).reshape(rows, depth * taps)
+    if on_cuda:
+        blocks = cuda_block_depth(depth, taps), cuda_block_depth(rows // groups, taps)
+    else:
+        density = int(flat.count_nonzero()) / max(flat.numel(), 1)
+        conv = mask.dim() == 4
+        blocks = (
+            block_depth(depth, taps, density, conv),
+            block_depth(rows // groups, taps, density, conv),
+        )
     row_ptr, offset, row_ptr_t, offset_t = torch.ops.fastprune.pack_pattern(
-        on_cpu, groups, taps, *blocks
+        flat, groups, taps, *blocks
     )
-    shape = tuple(mask.shape)
+    shape, nnz = tuple(mask.shape), offset.numel()
     pattern = Pattern(row_ptr, offset, row_ptr_t, offset_t, *blocks, shape, groups, nnz, Plan())
-    return pattern if mask.device.type == "cpu" else pattern.to(mask.device)
+    return pattern if flat.device == mask.device else pattern.to(mask.device)
 
 
 def as_pattern(mask: Tensor | Pattern, weight: Tensor, groups: int = 1) -> Pattern:

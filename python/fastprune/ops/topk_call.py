@@ -20,6 +20,7 @@ Scope = Literal["global", "layer", "neuron", "filter"]
 Score = Literal["identity", "magnitude", "product", "saliency", "square", "noise", "lamp"]
 SCOPES = ("global", "layer", "neuron", "filter")
 SCORES = ("identity", "magnitude", "product", "saliency", "square", "noise", "lamp")
+NOTHING_WRONG = 2**63 - 1  # in the status of a selection on CUDA
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -154,30 +155,74 @@ class TopkCall:
     def run(self, counts: list[int]) -> list[list[Tensor]]:
         """The masks of every selection: one per count with scope global or filter, else one."""
         with torch.no_grad():
-            if self.values[0].device.type not in ("cpu", "meta"):
+            device = self.values[0].device.type
+            if device == "cuda" and has_cuda_kernel():
+                return self.run_on_cuda(torch.ops.fastprune, counts)
+            if device not in ("cpu", "meta"):
                 return self._by_reference(counts)
-            # With scope filter the op takes or leaves whole rows; see _inside.
-            bits = self.packed and not (self.scope == "filter" and self.within)
-            try:
-                masks = torch.ops.fastprune.global_topk_mask(
-                    self.values,
-                    self.other,
-                    self.within,
-                    counts,
-                    self.scope,
-                    self.score,
-                    self.scale,
-                    self.seed,
-                    bits,
-                )
-            except RuntimeError as error:
-                message = str(error).partition("\n")[0]
-                if f"{OP}: " not in message:
-                    raise
-                raise ValueError(self._renamed(message)) from None
+            return self._parts(self._masks(torch.ops.fastprune.global_topk_mask, counts))
+
+    def run_on_cuda(self, ops: Any, counts: list[int]) -> list[list[Tensor]]:
+        """By the kernels behind ``ops``; one synchronisation, to learn of bad scores."""
+        if self.score == "lamp":
+            return self._with_lamp_scores().run_on_cuda(ops, counts)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return self._parts(self._masks(ops.global_topk_mask, counts))
+        *masks, status = self._masks(ops.global_topk_mask_status, counts)
+        nan, short = status.tolist()
+        if nan < NOTHING_WRONG:
+            raise ValueError(f"{OP}: scores{self.labels[nan]}: a candidate's score is NaN")
+        if short < NOTHING_WRONG:
+            raise ValueError(self._renamed(self._too_few(counts, short)))
+        return self._parts(masks)
+
+    def _with_lamp_scores(self) -> TopkCall:
+        return replace(self, values=lamp_of(self.values, self.within), score="identity")
+
+    def _masks(self, op: Any, counts: list[int]) -> list[Tensor]:
+        # With scope filter the op takes or leaves whole rows; see _inside.
+        bits = self.packed and not (self.scope == "filter" and self.within)
+        try:
+            masks: list[Tensor] = op(
+                self.values,
+                self.other,
+                self.within,
+                counts,
+                self.scope,
+                self.score,
+                self.scale,
+                self.seed,
+                bits,
+            )
+        except RuntimeError as error:
+            message = str(error).partition("\n")[0]
+            if f"{OP}: " not in message or "earlier call" in message:
+                raise
+            raise ValueError(self._renamed(message)) from None
+        return masks
+
+    def _parts(self, masks: list[Tensor]) -> list[list[Tensor]]:
         n = len(self.values)
         parts = [masks[i : i + n] for i in range(0, len(masks), n)]
         return [self._inside(part) for part in parts]
+
+    def _too_few(self, counts: list[int], selection: int) -> str:
+        """What the op says on the CPU when a selection has fewer candidates than its count."""
+        if self.scope in ("global", "filter"):
+            candidates = sum(self.candidates(i) for i in range(len(self.values)))
+            where = "all values" if self.scope == "global" else "all filters"
+            count = counts[selection]
+        elif self.scope == "layer":
+            candidates, where = self.candidates(selection), f"values[{selection}]"
+            count = counts[selection]
+        else:
+            i = 0
+            while selection >= self.values[i].shape[0]:
+                selection -= self.values[i].shape[0]
+                i += 1
+            candidates = int(rows_of(self.within[i])[selection].sum())
+            where, count = f"row {selection} of values[{i}]", counts[i]
+        return f"{OP}: counts: expected at most the {candidates} candidates of {where}, got {count}"
 
     def _inside(self, masks: list[Tensor]) -> list[Tensor]:
         """The op takes or leaves whole filters; what an earlier mask took stays taken."""
@@ -248,6 +293,11 @@ class TopkCall:
             message,
         )
         return re.sub(r"counts(\[\d+\])?", "k", message).replace("all values", "all scores")
+
+
+def has_cuda_kernel() -> bool:
+    """Whether this build has the selection for CUDA tensors."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fastprune::global_topk_mask", "CUDA")
 
 
 def lamp_of(values: list[Tensor], within: list[Tensor]) -> list[Tensor]:

@@ -50,13 +50,20 @@ def make_pruner(method: str | Pruner | type[Pruner], options: dict[str, Any]) ->
     return kind(**given)
 
 
+def takes_input(method: str | Pruner | type[Pruner]) -> bool:
+    """Whether the method itself makes use of an example input."""
+    kind = _find(method) if isinstance(method, str) else method
+    return not isinstance(method, Pruner) and "example_input" in getattr(kind, "options", ())
+
+
 def _find(name: str) -> type[Pruner]:
-    wanted = _folded(name)
+    wanted = folded(name)
     for known, kind in PRUNERS.items():
-        if _folded(known) == wanted:
+        if folded(known) == wanted:
             return kind
     raise ValueError(f"method: unknown name {name!r}; expected one of {', '.join(PRUNERS)}")
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """``name`` without what does not matter in it."""
     return name.lower().replace("-", "").replace("_", "")
