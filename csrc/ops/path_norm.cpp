@@ -57,8 +57,6 @@ class Reach {
         const auto* bytes = static_cast<const uint8_t*>(masks[m].const_data_ptr());
         FASTPRUNE_PICK(reach_pack)(bytes, i.mask_rows(), i.mask_cols(), bits_[m].data());
       }
-      STD_TORCH_CHECK(bits_[m].size() == mask_words, kOp, ": masks[", m,
-                      "]: expected the same rows and columns at every use");
       // Weights used twice are active where either use is.
       if ((uses[m] == 2 || keep_active) && active_[m].empty()) active_[m].resize(mask_words);
     }
@@ -137,7 +135,7 @@ class Reach {
     to.clear = to.known = false;
   }
   // Where an instruction writes its result: the map itself if nothing is there yet. Zeros, if
-  // asked.
+  // asked. Asked for after what the instruction reads is read, which may be the same map.
   uint64_t* result_for(Map& to, bool zeros) {
     uint64_t* result = to.words;
     if (!to.clear) {
@@ -239,8 +237,9 @@ class Reach {
       conv(i, at(forward_, i, 0), at(forward_, i, 1), !i.transposed);
     } else if (i.op == ReachOp::linear) {
       Map &in = at(forward_, i, 0), &out = at(forward_, i, 1);
+      const uint64_t* given = read(in);
       FASTPRUNE_PICK(reach_linear)
-      (mask_bits(i), i.rows, i.cols, i.tokens, read(in), result_for(out, false));
+      (mask_bits(i), i.rows, i.cols, i.tokens, given, result_for(out, false));
       take_result(out);
     } else if (i.op == ReachOp::copy) {
       copy(at(forward_, i, 0), at(forward_, i, 1));
@@ -260,8 +259,9 @@ class Reach {
       conv(i, at(backward_, i, 1), at(backward_, i, 0), i.transposed);
     } else if (i.op == ReachOp::linear) {
       Map &in = at(backward_, i, 0), &out = at(backward_, i, 1);
+      const uint64_t* given = read(out);
       FASTPRUNE_PICK(reach_linear_back)
-      (mask_bits(i), i.rows, i.cols, i.tokens, read(out), result_for(in, false));
+      (mask_bits(i), i.rows, i.cols, i.tokens, given, result_for(in, false));
       take_result(in);
     } else if (i.op == ReachOp::copy) {
       copy(at(backward_, i, 1), at(backward_, i, 0));
@@ -311,9 +311,9 @@ class Reach {
   }
 
   void copy(Map& from, Map& to) {
-    uint64_t* result = result_for(to, true);
+    const uint64_t* given = read(from);
     FASTPRUNE_PICK(reach_copy)
-    (read(from), from.value.planes, from.value.bits, result, to.value.bits);
+    (given, from.value.planes, from.value.bits, result_for(to, true), to.value.bits);
     take_result(to);
   }
 

@@ -74,6 +74,18 @@ void check_mask(const ReachInstruction& i, const std::vector<Tensor>& masks) {
                   " elements, got ", mask.numel());
 }
 
+// A mask has one layout, however many instructions use it.
+void check_uses(const ReachProgram& program, size_t masks) {
+  std::vector<const ReachInstruction*> first(masks);
+  for (const ReachInstruction& i : program.instructions) {
+    if (i.mask < 0) continue;
+    const ReachInstruction*& use = first[static_cast<size_t>(i.mask)];
+    if (use == nullptr) use = &i;
+    STD_TORCH_CHECK(use->mask_rows() == i.mask_rows() && use->mask_cols() == i.mask_cols(), kOp,
+                    ": masks[", i.mask, "]: expected the same rows and columns at every use");
+  }
+}
+
 ReachInstruction read_instruction(int64_t opcode, Reader reader, const ReachProgram& program,
                                   const std::vector<Tensor>& masks,
                                   const std::vector<Tensor>& labels) {
@@ -169,6 +181,7 @@ ReachProgram checked_program(const Tensor& program, const std::vector<Tensor>& m
     read.instructions.push_back(
         read_instruction(opcode, reader.part(arguments), read, masks, labels));
   }
+  check_uses(read, masks.size());
   for (const int64_t v : inspect) {
     STD_TORCH_CHECK(v >= 0 && v < n_values, kOp, ": inspect: expected values 0 to ", n_values - 1,
                     ", got ", v);

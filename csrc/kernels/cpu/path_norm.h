@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "kernels/cpu/isa.h"
+#include "kernels/cpu/scalar_types.h"  // FASTPRUNE_HOST_DEVICE
 
 namespace fastprune {
 
@@ -20,14 +21,14 @@ struct ReachGeometry {
   int64_t large[3], small[3];   // depth, height, width
   int64_t kernel[3], stride[3], padding[3], dilation[3];
 
-  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+  FASTPRUNE_HOST_DEVICE int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
   int64_t cols() const { return depth * taps(); }
   int64_t planes() const { return depth * groups; }  // of the large side
-  int64_t large_bits() const { return large[0] * large[1] * large[2]; }
-  int64_t small_bits() const { return small[0] * small[1] * small[2]; }
+  FASTPRUNE_HOST_DEVICE int64_t large_bits() const { return large[0] * large[1] * large[2]; }
+  FASTPRUNE_HOST_DEVICE int64_t small_bits() const { return small[0] * small[1] * small[2]; }
 };
 
-inline int64_t words_of(int64_t bits) { return (bits + 63) / 64; }
+FASTPRUNE_HOST_DEVICE inline int64_t words_of(int64_t bits) { return (bits + 63) / 64; }
 
 // What every tap joins when the other side is full: taps planes each; and the union of all taps.
 struct ReachTaps {

@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels/cpu/path_norm.h"
+#include "kernels/cpu/reach_positions.h"
 
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
@@ -86,27 +86,24 @@ class Divider {
   uint64_t reciprocal_;
 };
 
-inline bool bit_of(const uint64_t* plane, int64_t i) { return (plane[i / 64] >> i % 64 & 1u) != 0; }
 inline void set_bit(uint64_t* plane, int64_t i) { plane[i / 64] |= uint64_t{1} << i % 64; }
 
-// How the taps of a geometry move planes. Where both sides have the same rows and columns and no
-// stride, a tap is one shift of the whole plane, and its cover says which bits do not count;
-// otherwise positions move one at a time.
+// How the taps of a geometry move planes: in one shift where they can, otherwise one position at a
+// time.
 class Joiner {
  public:
   explicit Joiner(const ReachGeometry& g)
       : g_(g),
         small_words_(words_of(g.small_bits())),
         large_words_(words_of(g.large_bits())),
-        flat_(g.stride[0] == 1 && g.stride[1] == 1 && g.stride[2] == 1 &&
-              g.large[1] == g.small[1] && g.large[2] == g.small[2]) {}
+        flat_(taps_shift(g)) {}
 
   // Sets, in planes of zeros, the small positions that tap t joins to something, and what they are
   // joined to. rows: two rows of zeros, words_of(small[2]) and words_of(large[2]) words, that are
   // zeros again afterwards.
   void cover(int64_t t, uint64_t* small, uint64_t* large, uint64_t* rows) const {
     int64_t start[3], from[3], to[3];
-    start_of(t, start);
+    tap_start(g_, t, start);
     for (int i = 0; i < 3; ++i) {
       inside(start[i], g_.stride[i], g_.large[i], g_.small[i], &from[i], &to[i]);
     }
@@ -129,7 +126,7 @@ class Joiner {
   // to |= the large plane as tap t brings it to the small side.
   void gather(int64_t t, const uint64_t* cover, const uint64_t* large, uint64_t* to) const {
     if (flat_) {
-      const int64_t shift = shift_of(t);
+      const int64_t shift = tap_shift(g_, t);
       for (int64_t w = 0; w < small_words_; ++w) {
         to[w] |= cover[w] & word_at(large, large_words_, 64 * w + shift);
       }
@@ -144,7 +141,7 @@ class Joiner {
   // to |= the small plane as tap t brings it to the large side.
   void spread(int64_t t, const uint64_t* cover, const uint64_t* small, uint64_t* to) const {
     if (flat_) {
-      const int64_t shift = shift_of(t);
+      const int64_t shift = tap_shift(g_, t);
       for (int64_t w = 0; w < small_words_; ++w) {
         const uint64_t bits = cover[w] & small[w];
         if (bits == 0) continue;
@@ -164,7 +161,7 @@ class Joiner {
   // Whether tap t joins a set large position to a set small one (null: to any).
   bool meets(int64_t t, const uint64_t* cover, const uint64_t* large, const uint64_t* small) const {
     if (flat_) {
-      const int64_t shift = shift_of(t);
+      const int64_t shift = tap_shift(g_, t);
       for (int64_t w = 0; w < small_words_; ++w) {
         const uint64_t wanted = small == nullptr ? cover[w] : cover[w] & small[w];
         if (wanted != 0 && (wanted & word_at(large, large_words_, 64 * w + shift)) != 0)
@@ -178,24 +175,6 @@ class Joiner {
   }
 
  private:
-  // Where small position 0 of tap t stands on the large side, padding included.
-  void start_of(int64_t t, int64_t* start) const {
-    const int64_t k[3] = {t / (g_.kernel[1] * g_.kernel[2]), t / g_.kernel[2] % g_.kernel[1],
-                          t % g_.kernel[2]};
-    for (int i = 0; i < 3; ++i) start[i] = k[i] * g_.dilation[i] - g_.padding[i];
-  }
-  int64_t shift_of(int64_t t) const {
-    int64_t start[3];
-    start_of(t, start);
-    return (start[0] * g_.large[1] + start[1]) * g_.large[2] + start[2];
-  }
-  // 64 bits from a bit position, zeros outside the plane.
-  static uint64_t word_at(const uint64_t* plane, int64_t words, int64_t at) {
-    const int64_t word = at >> 6, by = at & 63;
-    const uint64_t low = word >= 0 && word < words ? plane[word] >> by : 0;
-    if (by == 0 || word + 1 < 0 || word + 1 >= words) return low;
-    return low | plane[word + 1] << (64 - by);
-  }
   // The small coordinates in [*from, *to) that stay inside the large side.
   static void inside(int64_t start, int64_t stride, int64_t large, int64_t small, int64_t* from,
                      int64_t* to) {
@@ -207,7 +186,7 @@ class Joiner {
   template <typename F>
   bool each_pair(int64_t t, const F& f) const {
     int64_t start[3], from[3], to[3];
-    start_of(t, start);
+    tap_start(g_, t, start);
     for (int i = 0; i < 3; ++i) {
       inside(start[i], g_.stride[i], g_.large[i], g_.small[i], &from[i], &to[i]);
     }

@@ -14,7 +14,10 @@ from fastprune.effective.program import Program
 from fastprune.effective.trace import kept_of, program_of
 from fastprune.masks import Masks, readable
 from fastprune.masks_summary import compression
+from fastprune.ops.backend import has_kernel
 from fastprune.pruners.arguments import masks_of
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,24 @@ class Reach:
 
 
 def run(program: Program, masks: Mapping[str, Tensor], *, write: bool) -> Reach:
-    """Run a program at some masks, whose names are first names of the model's parameters."""
+    """Run a program at some masks, whose names are first names of the model's parameters.
+
+    On the first mask's device, where the others are brought, or on the CPU where the binary has no
+    kernels for that; the counts are the one thing that is waited for.
+    """
     names = list(masks)
     kept = program.encodings
     key = tuple(names)
     if key not in kept:
         kept[key] = program.encode({name: i for i, name in enumerate(names)})
-    results = torch.ops.fastprune.path_norm_reach(
-        [masks[n] for n in names], program.labels, kept[key], [], write
+    device = next((m.device for m in masks.values()), _CPU)
+    if not has_kernel("path_norm_reach", device.type):
+        device = _CPU
+    counts, *active = torch.ops.fastprune.path_norm_reach(
+        [m.to(device) for m in masks.values()], program.labels_on(device), kept[key], [], write
     )
-    return Reach(names, results[0].tolist(), results[1:])
+    back = [a.to(m.device) for a, m in zip(active, masks.values(), strict=False)]
+    return Reach(names, counts.tolist(), back)
 
 
 def reach(
@@ -86,7 +97,7 @@ def effective_sparsity(
         ValueError, TypeError: masks that do not fit the model; a model that cannot be traced.
 
     Cost: the first call for a model and input size traces it (seconds for a large one); then about
-    one read of the masks.
+    one read of the masks, on the weights' device.
     Source: Vysogorets and Kempe 2023, section 3; the authors compute it by an all-ones pass, which
     underflows in depth.
     """

@@ -82,6 +82,7 @@ class Program:
     labels: list[Tensor] = field(default_factory=list)
     cyclic: bool = False
     encodings: dict[tuple[str, ...], Tensor] = field(default_factory=dict)  # by names of masks
+    moved_labels: dict[torch.device, list[Tensor]] = field(default_factory=dict)
 
     def value(self, shape: Sequence[int], planes: int | None = None) -> Value:
         """A new map, for a tensor of that shape; nothing reaches it yet."""
@@ -168,6 +169,12 @@ class Program:
         for instruction in self.instructions:
             code += instruction.encode(masks)
         return torch.tensor(code, dtype=torch.int64)
+
+    def labels_on(self, device: torch.device) -> list[Tensor]:
+        """The labels on a device; copied once, and kept."""
+        if device not in self.moved_labels:
+            self.moved_labels[device] = [t.to(device) for t in self.labels]
+        return self.moved_labels[device]
 
     def weights(self) -> list[str]:
         """Names of the weights whose masks the instructions read, without repeats."""

@@ -23,8 +23,11 @@ def path_norm_reach(
     path; a weight is active if it is kept and joins an element that is reached to one that reaches.
 
     Args:
-        masks: bool tensors, rows x cols in memory, any shape; the program names them by index.
-        labels: int32 vectors that the program names; -1 marks elements that take no part.
+        masks: bool tensors, rows x cols in memory, any shape; the program names them by index. All
+            on one device, which is where the work is done and the results are.
+        labels: int32 vectors that the program names; -1 marks elements that take no part. On the
+            device of the masks, or on the CPU, whence a GPU copies them at every call; a call that
+            a CUDA graph captures needs them on the GPU.
         program: int64 vector on the CPU.
         inspect: numbers of values whose maps are wanted.
         write: also return which weights are active.
@@ -36,7 +39,8 @@ def path_norm_reach(
         RuntimeError: the program does not fit itself, its masks or its labels; the message says
             where.
     Cost: one read of the masks, one write with ``write``; where maps fill up, which they do in all
-    but the sparsest networks, the rest is done on a fraction of the masks' bits. Deterministic.
+    but the sparsest networks, the rest is done on a fraction of the masks' bits. Deterministic. On
+    a GPU nothing is waited for; a cyclic program is left to one block of threads there.
     """
     return torch.ops.fastprune.path_norm_reach(  # type: ignore[no-any-return]
         list(masks), list(labels), program, list(inspect), write
@@ -53,5 +57,6 @@ def _fake(
 ) -> list[Tensor]:
     if inspect:
         raise NotImplementedError("path_norm_reach: inspect: the sizes of maps are data")
-    counts = program.new_empty([len(masks)])
+    on = next((t for t in (*masks, *labels) if not t.is_cpu), masks[0] if masks else program)
+    counts = on.new_empty([len(masks)], dtype=torch.int64)
     return [counts, *([torch.empty_like(m) for m in masks] if write else [])]
