@@ -26,6 +26,7 @@ from fastprune.effective import (  # noqa: E402
     effective_masks,
     effective_sparsity,
     path_norms,
+    trim,
 )
 from fastprune.masks import Masks  # noqa: E402
 from fastprune.ops import (  # noqa: E402
@@ -83,4 +84,5 @@ __all__ = [
     "score",
     "tensor_statistics",
     "timing",
+    "trim",
 ]

@@ -12,6 +12,7 @@ from fastprune.effective.measure import (
 from fastprune.effective.norms import PathNorms, path_norms
 from fastprune.effective.program import Value, Weight
 from fastprune.effective.trace import Trace, UnknownOperationError, register_rule
+from fastprune.effective.trim import trim
 
 __all__ = [
     "PathNorms",
@@ -24,4 +25,5 @@ __all__ = [
     "effective_sparsity",
     "path_norms",
     "register_rule",
+    "trim",
 ]

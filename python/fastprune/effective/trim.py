@@ -1,0 +1,285 @@
+"""Dead units and channels taken out of a network: smaller layers, the same outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastprune.convert import finalize
+from fastprune.effective.classes import PINNED, Classes, MismatchError
+from fastprune.effective.couplings import Consumer, Couplings
+from fastprune.effective.program import Value
+from fastprune.effective.rules.dependence import DEPENDENCE
+from fastprune.effective.shrinking import Axis, compare, movable_axes, owners_of, shrunk
+from fastprune.effective.trace import Graph, arguments_of, build, graph_of, name_of, one_example
+from fastprune.masks import Masks
+from fastprune.pruners.arguments import masks_of
+from fastprune.pruners.state import evaluating
+
+_ATTEMPTS = 16
+
+
+@overload
+def trim(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    *,
+    example_input: Any,
+    return_masks: Literal[False] = False,
+) -> nn.Module: ...
+@overload
+def trim(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    *,
+    example_input: Any,
+    return_masks: Literal[True],
+) -> tuple[nn.Module, Masks]: ...
+def trim(
+    model: nn.Module, masks: Mapping[str, Tensor], *, example_input: Any, return_masks: bool = False
+) -> nn.Module | tuple[nn.Module, Masks]:
+    r"""A smaller model with the same outputs: units and channels that the masks left dead are gone.
+
+    A channel of a layer goes if nothing of it reaches an output of the network, or if no input
+    reaches it: then it is a constant, which is added to the biases of the layers that read it (a
+    bias is made where there is none). A constant that is not 0 stays where a convolution pads it
+    with zeros, for its effect is not the same at all positions, and where several layers share the
+    weights that read it. Layers that share a channel agree: what an addition, BatchNorm, a
+    depthwise or grouped convolution (whole groups), a concatenation or a flattening couples is
+    removed together or not at all. Each layer keeps at least one channel, so that a network whose
+    layers have collapsed still runs.
+
+    Linear, convolution (transposed too) and BatchNorm layers become smaller ones of the same types;
+    all others stay, and so do channels that meet an operation whose coupling is not understood
+    (attention, LayerNorm, a view with the number of channels in the code). The smaller model is
+    traced again, and each of its tensors must be shown to be the larger one's without the removed
+    channels; otherwise more is left as it was.
+
+    Args:
+        model: any module that ``torch.export`` can trace; not changed. Layers of
+            :func:`fastprune.accelerate` become plain ones.
+        masks: parameter name -> bool tensor of the weight's shape, True where kept.
+        example_input: a tensor, or a tuple of them, as the model is called with. The smaller model
+            is for inputs of that size (but any batch), as reach is.
+        return_masks: also return the masks of the smaller layers, for
+            :func:`fastprune.accelerate` and training.
+    Returns:
+        A copy of the model, pruned weights set to 0, with the same outputs in evaluation mode, up
+        to rounding. With ``return_masks`` a pair: the model and its :class:`fastprune.Masks`.
+    Raises:
+        UnknownOperationError: the model has an operation without a rule; see
+            :func:`fastprune.effective.register_rule`.
+        ValueError, TypeError: masks that do not fit the model; a model that cannot be traced.
+
+    In training mode the two may differ: BatchNorm sees a constant channel as one without variance.
+    Cost: two traces (seconds for a large model), a forward pass, and two copies of the model.
+    Source: Vysogorets and Kempe 2023, section 3 (what is inactive can be removed).
+    """
+    arguments = one_example(arguments_of(model, example_input))
+    known = masks_of(model, masks)
+    plain = finalize(model)
+    Masks(known).apply_(plain)
+    found = _search(plain, known, arguments)
+    if not return_masks:
+        return found[0]
+    kept = found[1]
+    small = {}
+    for name, mask in known.items():
+        for d in range(mask.dim()):
+            if (name, d) in kept:
+                mask = mask.index_select(d, kept[name, d].nonzero().flatten().to(mask.device))
+        small[name] = mask
+    return found[0], Masks(small)
+
+
+def _search(
+    plain: nn.Module, masks: dict[str, Tensor], arguments: tuple[Any, ...]
+) -> tuple[nn.Module, dict[Axis, Tensor]]:
+    """The smaller model and what it keeps, after as many attempts as it takes to be sure of it."""
+    graph = graph_of(plain, arguments)
+    life = _Life(plain, graph, masks, arguments)
+    movable = movable_axes(plain)
+    pins: set[str] = set()
+    for _ in range(_ATTEMPTS):
+        couplings = Couplings(graph, Classes(), movable, pins)
+        removed = life.removable(couplings)
+        kept = {key: ~removed[c] for key, c in couplings.classes.axes().items()}
+        if all(bool(k.all()) for k in kept.values()):
+            break
+        biases = life.biases(couplings, removed)
+        small = shrunk(plain, kept, biases)
+        try:
+            compare(couplings, small, arguments, removed)
+            return small, kept
+        except MismatchError as mismatch:
+            # Not told where, it is most often a view with a number of channels.
+            more = {mismatch.node.name} if mismatch.node is not None else couplings.moves
+            if more <= pins:
+                break
+            pins |= more
+    return plain, {}
+
+
+class _Life:
+    """What reaches the channels that layers read, what they reach, and constants among them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        masks: dict[str, Tensor],
+        arguments: tuple[Any, ...],
+    ) -> None:
+        self._model = model
+        self._owners = owners_of(model)
+        self._graph = graph
+        self._program, self._given = build(graph, DEPENDENCE)
+        self._masks = masks
+        self._arguments = arguments
+        self._reach: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        self._inputs: dict[str, Tensor] = {}
+        consumers = Couplings(graph, Classes(), set()).consumers
+        self._follow(consumers)
+        self._record(consumers)
+
+    def _follow(self, consumers: list[Consumer]) -> None:
+        read = {c.node: self._given[c.node][0] for c in consumers}
+        values = {node: v for node, v in read.items() if isinstance(v, Value)}
+        code = self._program.encode({name: i for i, name in enumerate(self._masks)})
+        maps = torch.ops.fastprune.path_norm_reach(
+            list(self._masks.values()),
+            self._program.labels,
+            code,
+            [v.number for v in values.values()],
+            False,
+        )[1:]
+        for i, (node, v) in enumerate(values.items()):
+            self._reach[node] = maps[2 * i].view(v.shape), maps[2 * i + 1].view(v.shape)
+
+    def _record(self, consumers: list[Consumer]) -> None:
+        """What each layer that runs once reads, of one example."""
+        weights = [c.weight for c in consumers]
+        hooks: list[Any] = []
+        seen: dict[str, list[Any]] = {}
+        for name in weights:
+            layer = self._layer(name)
+            if layer is not None and weights.count(name) == 1:
+                seen[name] = []
+
+                def note(_: Any, args: tuple[Any, ...], calls: list[Any] = seen[name]) -> None:
+                    calls.append(args[0].detach() if args else None)
+
+                hooks.append(layer.register_forward_pre_hook(note))
+        try:
+            with evaluating(self._model), torch.no_grad():
+                self._model(*self._arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._inputs = {n: calls[0] for n, calls in seen.items() if len(calls) == 1}
+
+    def _layer(self, weight: str) -> nn.Module | None:
+        """The layer of a weight, if weight and bias are its own alone."""
+        owner, _, own = weight.rpartition(".")
+        layer = self._model.get_submodule(owner)
+        tensors = [layer._parameters.get("weight"), layer._parameters.get("bias")]
+        shared = any(len(self._owners[id(t)]) > 1 for t in tensors if t is not None)
+        return None if own != "weight" or shared or "bias" not in layer._parameters else layer
+
+    def removable(self, couplings: Couplings) -> Tensor:
+        """Which classes go: bool, by class.
+
+        In rounds: what nothing reads but what went in the round before can go too.
+        """
+        classes, axes = couplings.classes, couplings.classes.axes()
+        count = 1 + max((int(c.max()) for c in axes.values() if c.numel()), default=0)
+        removed = torch.zeros(count, dtype=torch.bool)
+        needed = []
+        for consumer in couplings.consumers:
+            dead, still = self._channels(consumer)
+            rows = axes.get((consumer.weight, 1 - consumer.axis))
+            needs = ~(dead | still & self._foldable(consumer))
+            needed.append((classes.of(consumer.labels), needs, self._reads(consumer), rows))
+        while True:
+            more = torch.zeros_like(removed)
+            for c in axes.values():
+                more[c] = True
+            more[PINNED] = False
+            for own, needs, reads, rows in needed:
+                if rows is not None:
+                    needs = needs & reads[~removed[rows]].any(0)
+                more[own[needs]] = False
+            for c in axes.values():  # a layer without channels would not run
+                if len(c) and bool(more[c].all()):
+                    more[c[~removed[c]][0]] = False
+            if torch.equal(more, removed):
+                return removed
+            removed = more
+
+    def _reads(self, consumer: Consumer) -> Tensor:
+        """Which of its channels each output of a layer reads."""
+        mask = self._masks.get(consumer.weight)
+        if mask is None:
+            mask = torch.ones_like(self._model.get_parameter(consumer.weight), dtype=torch.bool)
+        by_row = mask.movedim(consumer.axis, 1)
+        return by_row.reshape(*by_row.shape[:2], -1).any(2).cpu()
+
+    def _channels(self, consumer: Consumer) -> tuple[Tensor, Tensor]:
+        """Channels that reach no output, and channels that no input reaches."""
+        if consumer.node not in self._reach:
+            nothing = torch.zeros(len(consumer.labels), dtype=torch.bool)
+            return nothing, nothing
+        reached, reaching = self._reach[consumer.node]
+        by_channel = [_rows(m, consumer.channel).any(1) for m in (reaching, reached)]
+        return ~by_channel[0], ~by_channel[1]
+
+    def _foldable(self, consumer: Consumer) -> Tensor:
+        """Channels whose values, if they are constants, have the same effect at all positions."""
+        x = self._inputs.get(consumer.weight)
+        reach = self._reach.get(consumer.node)
+        if x is None or reach is None or x.shape != reach[0].shape:
+            return torch.zeros(len(consumer.labels), dtype=torch.bool)
+        values = _rows(x, consumer.channel)
+        first = values[:, :1]
+        same = ((values == first) & first.isfinite()).all(1)
+        if not self._even(consumer):
+            same &= first.flatten() == 0
+        return same.cpu()
+
+    def _even(self, consumer: Consumer) -> bool:
+        node = consumer.node
+        if name_of(node) == "aten::linear":
+            return True
+        positions = node.meta["val"].movedim(consumer.channel, 0)[0].numel()
+        if positions == 1:
+            return True
+        padding: Any = node.args[4] if len(node.args) > 4 else 0
+        if "transpose" in name_of(node) or padding == "same":
+            return False
+        return padding == "valid" or not any([padding] if isinstance(padding, int) else padding)
+
+    def biases(self, couplings: Couplings, removed: Tensor) -> dict[str, Tensor]:
+        """What constants that are removed add to the outputs of the layers that read them."""
+        found = {}
+        for consumer in couplings.consumers:
+            dead, still = self._channels(consumer)
+            gone = removed[couplings.classes.of(consumer.labels)] & still & ~dead
+            gone &= self._foldable(consumer)
+            if not bool(gone.any()):
+                continue
+            x = self._inputs[consumer.weight].double().movedim(consumer.channel, -1)
+            x = torch.where(gone.to(x.device), x, 0.0).movedim(-1, consumer.channel)
+            weight = self._model.get_parameter(consumer.weight).detach().double()
+            out = consumer.node.target(x, weight, None, *consumer.node.args[3:])  # type: ignore[operator]
+            shift = out.movedim(consumer.channel, 0).flatten(1)[:, 0]
+            if bool(shift.any()):
+                found[consumer.weight] = shift
+        return found
+
+
+def _rows(x: Tensor, channel: int) -> Tensor:
+    """Channels x all else."""
+    return x.movedim(channel, 0).flatten(1) if x.dim() > 1 else x[:, None]
