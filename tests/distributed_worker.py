@@ -278,15 +278,15 @@ def pruners(rank: int, size: int) -> None:
     ]
     every = [batch for own in batches for batch in own]
     for method in ("magnitude", "snip", "grasp", "synflow", "force", "iter-snip", "grasp-it"):
-        for scope in ("global", "layer"):
-            more: dict[str, Any] = {"loss": loss, "scope": scope, "sparsity": 0.7}
+        for among in ({"scope": "global"}, {"scope": "layer"}, {"quota": "igq"}):
+            more: dict[str, Any] = {"loss": loss, "sparsity": 0.7, **among}
             if method not in ("magnitude", "snip", "grasp"):
                 more["steps"] = 3
             right = fp.prune(network(), method, data=every, **more)
             got = fp.prune(network(), method, data=batches[rank], group=world, **more)
             # Sums of gradients are rounded in another order: not more than a swap or two.
             differ = sum(int((got[n] != right[n]).sum()) for n in right)
-            assert differ <= 4, (method, scope, differ)
+            assert differ <= 4, (method, among, differ)
             assert sum(int(m.sum()) for m in got.values()) == sum(
                 int(m.sum()) for m in right.values()
             )
@@ -330,10 +330,11 @@ def pruners(rank: int, size: int) -> None:
     # And with FSDP2, where the parameters say themselves where they are.
     model = network()
     fully_shard(model)
-    sharded = fp.prune(model, "magnitude", 0.7)
-    right = fp.prune(network(), "magnitude", 0.7)
-    for name, mask in sharded.items():
-        assert torch.equal(mask.full_tensor(), right[name]), name
+    for among in ({}, {"quota": "igq"}):
+        sharded = fp.prune(model, "magnitude", 0.7, **among)
+        right = fp.prune(network(), "magnitude", 0.7, **among)
+        for name, mask in sharded.items():
+            assert torch.equal(mask.full_tensor(), right[name]), (name, among)
 
 
 def errors(rank: int, size: int) -> None:

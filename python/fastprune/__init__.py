@@ -13,9 +13,11 @@ from fastprune import (  # noqa: E402
     data,
     distributed,
     effective,
+    metrics,
     models,
     nn,
     ops,
+    quotas,
     reference,
     timing,
 )
@@ -29,6 +31,15 @@ from fastprune.effective import (  # noqa: E402
     trim,
 )
 from fastprune.masks import Masks  # noqa: E402
+from fastprune.metrics import (  # noqa: E402
+    Macs,
+    MaskChanges,
+    direct_compression,
+    macs,
+    mask_changes,
+    mask_flips,
+    mask_iou,
+)
 from fastprune.ops import (  # noqa: E402
     KeptScores,
     Pattern,
@@ -52,6 +63,8 @@ __version__: str = _C.build_info()["version"]
 __all__ = [
     "KeptScores",
     "LayerReport",
+    "Macs",
+    "MaskChanges",
     "Masks",
     "Pattern",
     "Pruner",
@@ -61,6 +74,7 @@ __all__ = [
     "accelerate",
     "build_info",
     "data",
+    "direct_compression",
     "distributed",
     "effective",
     "effective_compression",
@@ -71,8 +85,13 @@ __all__ = [
     "global_topk_mask",
     "global_topk_sweep",
     "kept_scores",
+    "macs",
+    "mask_changes",
+    "mask_flips",
+    "mask_iou",
     "masked_conv2d",
     "masked_linear",
+    "metrics",
     "models",
     "nn",
     "ops",
@@ -80,6 +99,7 @@ __all__ = [
     "path_norms",
     "pq_index",
     "prune",
+    "quotas",
     "reference",
     "score",
     "tensor_statistics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -25,6 +26,11 @@ class LayerSummary:
         """Pruned fraction; 0.0 for an empty tensor."""
         return (self.weights - self.kept) / self.weights if self.weights else 0.0
 
+    @property
+    def compression(self) -> float:
+        """weights / kept; 1.0 for an empty tensor, infinity where nothing is kept."""
+        return compression(self.weights, self.kept)
+
 
 @dataclass(frozen=True)
 class MasksSummary:
@@ -41,22 +47,30 @@ class MasksSummary:
 
     def __str__(self) -> str:
         head = ("name", "shape", "weights", "kept", "density", "sparsity")
-        body = [_cells(row) for row in self.rows]
-        last = _cells(self.total)
-        table = [head, *body, last]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-
-        def line(row: tuple[str, ...]) -> str:
-            # Text to the left, numbers to the right, so that digits stand under each other.
-            cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in _numbered(row, widths)]
-            return "  ".join(cells).rstrip()
-
-        return "\n".join([line(head), rule, *map(line, body), rule, line(last)])
+        return table(head, [_cells(row) for row in self.rows], _cells(self.total), left=2)
 
 
-def _numbered(row: tuple[str, ...], widths: list[int]) -> list[tuple[int, tuple[str, int]]]:
-    return list(enumerate(zip(row, widths, strict=True)))
+def compression(weights: int, kept: int) -> float:
+    """weights / kept; 1.0 where there is nothing to prune, infinity where nothing is kept."""
+    if not weights:
+        return 1.0
+    return weights / kept if kept else math.inf
+
+
+def table(
+    head: Sequence[str], body: Sequence[Sequence[str]], last: Sequence[str], left: int
+) -> str:
+    """Rows in columns, a rule above and below ``body``; the first ``left`` columns hold text."""
+    widths = [max(len(row[i]) for row in (head, *body, last)) for i in range(len(head))]
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+
+    def line(row: Sequence[str]) -> str:
+        # Text to the left, numbers to the right, so that digits stand under each other.
+        pairs = enumerate(zip(row, widths, strict=True))
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in pairs]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(head), rule, *map(line, body), rule, line(last)])
 
 
 def _cells(row: LayerSummary) -> tuple[str, ...]:
@@ -65,12 +79,12 @@ def _cells(row: LayerSummary) -> tuple[str, ...]:
         "x".join(map(str, row.shape)),
         f"{row.weights:,}",
         f"{row.kept:,}",
-        f"{_down(row.density, row.kept):.4f}",
-        f"{_down(row.sparsity, row.weights - row.kept):.4f}",
+        f"{shown(row.density, row.kept):.4f}",
+        f"{shown(row.sparsity, row.weights - row.kept):.4f}",
     )
 
 
-def _down(fraction: float, count: int) -> float:
+def shown(fraction: float, count: int) -> float:
     """``fraction`` rounded so that 0.0000 and 1.0000 are printed only when they are exact."""
     if fraction < 1.0 and count:
         return min(max(math.floor(fraction * 1e4 + 0.5) / 1e4, 1e-4), 1.0 - 1e-4)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Literal
 
+from fastprune.checks import whole
 from fastprune.ops.global_topk_mask import kept_count
 
 Schedule = Literal["linear", "exponential", "cubic"] | Sequence[int]
@@ -53,11 +53,11 @@ def kept_counts(
             the wrong length, an entry that is not a whole number in [0, n], an increase, or
             another last entry than k.
     """
-    n = _whole(n, "n", 0, None)
+    n = whole(n, "n", 0, None)
     if k is not None:
-        k = _whole(k, "k", 0, n)
+        k = whole(k, "k", 0, n)
     if steps is not None:
-        steps = _whole(steps, "steps", 1, None)
+        steps = whole(steps, "steps", 1, None)
     if not isinstance(schedule, str):
         return _explicit(schedule, n, k, steps, monotone)
     if schedule not in SCHEDULES:
@@ -99,7 +99,7 @@ def _explicit(
         raise ValueError("schedule: the sequence of kept counts is empty")
     if steps is not None and steps != len(entries):
         raise ValueError(f"schedule: {len(entries)} kept counts given for steps={steps}")
-    counts = [_whole(c, f"schedule[{t}]", 0, n) for t, c in enumerate(entries)]
+    counts = [whole(c, f"schedule[{t}]", 0, n) for t, c in enumerate(entries)]
     if k is not None and counts[-1] != k:
         raise ValueError(
             f"schedule: the last kept count is {counts[-1]}, but the sparsity asks for {k} of {n}"
@@ -112,17 +112,3 @@ def _explicit(
                     "not return in this method, so kept counts cannot increase"
                 )
     return counts
-
-
-def _whole(value: object, name: str, low: int, high: int | None) -> int:
-    """``value`` as an int, if it is a whole number within the bounds (numpy's count, bools not)."""
-    expected = f"a whole number >= {low}" if high is None else f"a whole number in [{low}, {high}]"
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        whole = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}") from None
-    if whole < low or (high is not None and whole > high):
-        raise ValueError(f"{name}: expected {expected}, got {whole}")
-    return whole

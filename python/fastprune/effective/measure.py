@@ -13,6 +13,7 @@ from fastprune.effective import rules as _rules  # noqa: F401  # registers the r
 from fastprune.effective.program import Program
 from fastprune.effective.trace import program_of
 from fastprune.masks import Masks
+from fastprune.masks_summary import compression
 from fastprune.pruners.arguments import masks_of
 
 
@@ -97,13 +98,9 @@ def effective_masks(model: nn.Module, masks: Mapping[str, Tensor], *, example_in
     return Masks(dict(zip(found.names, found.active, strict=True)))
 
 
-def _compression(total: int, left: int) -> float:
-    return total / left if left else float("inf")
-
-
 def effective_compression(
     model: nn.Module, masks: Mapping[str, Tensor], *, example_input: Any
 ) -> float:
     """All masked weights over the active ones: 1 / (1 - effective sparsity); infinity for none."""
     found, known = reach(model, masks, example_input)
-    return _compression(sum(m.numel() for m in known.values()), sum(found.counts))
+    return compression(sum(m.numel() for m in known.values()), sum(found.counts))

@@ -12,20 +12,14 @@ from torch import Tensor, nn
 from fastprune.distributed.call import link_of
 from fastprune.masks import Masks
 from fastprune.ops.global_topk_mask import Scope
-from fastprune.pruners.arguments import density_of, masks_of, network_of, weights_of
-from fastprune.pruners.base import (
-    SCOPES,
-    Pruner,
-    checked_scores,
-    fused,
-    plan_counts,
-    run,
-    warn_of_empty_layers,
-)
+from fastprune.pruners.arguments import masks_of, network_of, sparsity_of, weights_of
+from fastprune.pruners.base import Pruner, checked_scores, fused, run, warn_of_empty_layers
 from fastprune.pruners.network import Loss
+from fastprune.pruners.plan import SCOPES, Quota, plan_counts
 from fastprune.pruners.registry import make_pruner
 from fastprune.pruners.state import preserved
 from fastprune.pruners.targets import Selection, refuse_transposed
+from fastprune.quotas.formulas import OnInvalid
 from fastprune.schedules import Schedule
 
 
@@ -41,6 +35,8 @@ def prune(
     steps: int | None = None,
     schedule: Schedule | Sequence[Sequence[int]] | None = None,
     scope: Scope = "global",
+    quota: Quota | None = None,
+    on_invalid: OnInvalid | None = None,
     include: Selection = None,
     exclude: Selection = None,
     dtype: torch.dtype | None = None,
@@ -80,7 +76,8 @@ def prune(
             SynFlow switches to eval by itself. Gradients are taken for frozen weights too.
         method: a name from the table (case, hyphens and underscores do not matter), or a
             :class:`Pruner` subclass or instance.
-        sparsity: fraction to prune, in [0, 1]. May be left out when ``schedule`` is a sequence.
+        sparsity: fraction to prune, in [0, 1]. May be left out when ``schedule`` is a sequence, or
+            ``quota`` fixes the layers' sparsities.
         data: (x, y) batches: a list, a ``DataLoader``, any iterable; or one pair (x, y). The model
             is called as ``model(x)``, ``model(*x)`` for a list or tuple, ``model(**x)`` for a dict.
             Batches are moved to the model's device. Several batches are averaged with equal weight
@@ -101,6 +98,17 @@ def prune(
             floor((1 - sparsity) n_l + 0.5) stay; ``neuron``: those of one output row; ``filter``:
             whole output rows against each other, by the l2 norm of their scores, of which
             floor((1 - sparsity) F + 0.5) stay. Schedules count accordingly.
+        quota: how the sparsity is shared out among the layers; weights then compete within their
+            layer only, and the counts are those of :func:`fastprune.quotas.counts`: exactly k in
+            all. A name (``"uniform"``, ``"uniform-plus"``, ``"erk"``, ``"smart-ratio"``,
+            ``"igq"``); a function that takes the weights' shapes and the sparsity and returns one
+            sparsity per layer, asked anew at the sparsity of each step; or fixed layer sparsities,
+            a sequence in the order of the parameters or a mapping by name
+            (:func:`fastprune.quotas.of` masks). With fixed ones ``sparsity`` may be left out, and
+            each layer follows the schedule, which must be a named one, by itself.
+        on_invalid: with ``quota``, what to do when a formula asks for a density above 1, or
+            rounding leaves a layer without a weight: ``"redistribute"`` or ``"error"``. None:
+            densities are redistributed, and an emptied layer is warned about.
         include, exclude: which weights are prunable; see
             :func:`fastprune.pruners.prunable`. By default, all linear
             and convolution weights. The others are left dense and not counted.
@@ -122,14 +130,15 @@ def prune(
     Raises:
         ValueError: an argument is out of range, missing, or not used by the method; a score is NaN
             (the message names the layer); the loss is not finite; ``include`` or ``exclude``
-            matches nothing.
+            matches nothing; ``quota`` comes with another scope, does not add up to the sparsity, or
+            is invalid where ``on_invalid`` is ``"error"``.
         TypeError: an argument is of the wrong kind.
     Warns:
         UserWarning: a layer is left without a weight; the message names it.
 
     Memory beside the model: a copy of its state, and one float64 sum per prunable weight.
-    Papers: 002 (de Jorge et al. 2021), Algorithm 1; 003 (Vysogorets and Kempe 2023), section 3;
-    000, Appendix B.
+    Papers: 002 (de Jorge et al. 2021), Algorithm 1; 003 (Vysogorets and Kempe 2023), sections 3
+    and 4; 000, Appendix B.
     """
     link = None if group is None else link_of(group)
     with nullcontext() if link is None else link.agreement():
@@ -150,15 +159,25 @@ def prune(
             )
         if progress is not None and not callable(progress):
             raise TypeError(f"progress: expected a callable, got {type(progress).__name__}")
-        density = density_of(sparsity, schedule)
+        sparsity = sparsity_of(sparsity, schedule, quota)
         weights = weights_of(model, include, exclude)
         refuse_transposed(model, weights, scope)
         if schedule is None:
             schedule = "exponential"
         if steps is None and isinstance(schedule, str):
             steps = pruner.default_steps
-        shapes = [w.shape for w in weights.values()]
-        plan = plan_counts(shapes, density, scope, schedule, steps, monotone=not pruner.revive)
+        plan = plan_counts(
+            {n: w.shape for n, w in weights.items()},
+            sparsity,
+            scope,
+            quota,
+            on_invalid,
+            schedule,
+            steps,
+            monotone=not pruner.revive,
+        )
+        if quota is not None:
+            scope = "layer"
     with preserved(model):
         with nullcontext() if link is None else link.agreement():
             network = network_of(model, weights, pruner, data, loss, batches_per_step, dtype, link)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastprune.checks import fraction
 from fastprune.distributed.link import Link
 from fastprune.masks import readable
 from fastprune.masks_model import match
@@ -18,18 +18,17 @@ from fastprune.pruners.network import Loss, Network
 from fastprune.pruners.targets import Selection, prunable
 
 
-def density_of(sparsity: float | None, schedule: object) -> float | None:
-    """1 - sparsity, evaluated in float64, or None where an explicit schedule says what remains."""
+def sparsity_of(sparsity: float | None, schedule: object, quota: object) -> float | None:
+    """``sparsity``, checked, or None where something else says what remains."""
     if sparsity is None:
-        if schedule is None or isinstance(schedule, str):
+        fixed = quota is not None and not (isinstance(quota, str) or callable(quota))
+        if not fixed and (schedule is None or isinstance(schedule, str)):
             raise ValueError(
-                "sparsity: it is required, unless schedule is a sequence of kept counts"
+                "sparsity: it is required, unless schedule is a sequence of kept counts or quota "
+                "fixes the layers' sparsities"
             )
         return None
-    number: object = sparsity  # numpy's numbers are welcome, whatever the annotation says
-    if isinstance(number, bool) or not isinstance(number, Real) or not 0 <= float(number) <= 1:
-        raise ValueError(f"sparsity: expected a number in [0, 1], got {sparsity!r}")
-    return 1.0 - float(sparsity)
+    return fraction(sparsity, "sparsity")
 
 
 def weights_of(model: nn.Module, include: Selection, exclude: Selection) -> dict[str, nn.Parameter]:

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from fastprune.distributed.link import Link
-from fastprune.ops.global_topk_mask import Scope, Score, global_topk_mask, kept_count
+from fastprune.ops.global_topk_mask import Scope, Score, global_topk_mask
 from fastprune.pruners.network import Network
 from fastprune.reference.global_topk_mask import fuse_score
-from fastprune.schedules import Schedule, kept_counts
-
-SCOPES = ("global", "layer", "neuron", "filter")
 
 
 @dataclass(frozen=True)
@@ -151,57 +148,6 @@ def fused(scores: Scores) -> dict[str, Tensor]:
         n: fuse_score(v, None if other is None else other[n], scores.form)
         for n, v in scores.values.items()
     }
-
-
-def plan_counts(
-    shapes: Sequence[torch.Size],
-    density: float | None,
-    scope: Scope,
-    schedule: Schedule | Sequence[Sequence[int]],
-    steps: int | None,
-    monotone: bool,
-) -> list[int | list[int]]:
-    """Kept counts of every step, as ``global_topk_mask`` takes them for ``scope``.
-
-    The final count is floor(density n + 0.5) for each n: all weights together (``global``), each
-    layer (``layer``), each row of each layer (``neuron``), all filters together (``filter``).
-    """
-    if scope == "global":
-        sizes = [sum(s.numel() for s in shapes)]
-    elif scope == "filter":
-        sizes = [sum(s[0] for s in shapes)]
-    elif scope == "layer":
-        sizes = [s.numel() for s in shapes]
-    else:
-        sizes = [s[1:].numel() for s in shapes]
-    single = scope in ("global", "filter")
-    columns: list[Any] = [schedule] * len(sizes)
-    if not single and not isinstance(schedule, str):
-        columns = _transposed(schedule, len(sizes), scope)
-    plans = [
-        kept_counts(
-            column,
-            n,
-            None if density is None else kept_count(density, n),
-            steps,
-            density=density,
-            monotone=monotone,
-        )
-        for column, n in zip(columns, sizes, strict=True)
-    ]
-    if single:
-        return list(plans[0])
-    return [list(counts) for counts in zip(*plans, strict=True)]
-
-
-def _transposed(schedule: Any, layers: int, scope: str) -> list[list[int]]:
-    rows = list(schedule) if isinstance(schedule, Sequence) else []
-    if not rows or not all(isinstance(r, Sequence) and len(r) == layers for r in rows):
-        raise ValueError(
-            f"schedule: with scope={scope!r}, expected one sequence of {layers} kept counts (one "
-            "per layer) for each step"
-        )
-    return [[row[i] for row in rows] for i in range(layers)]
 
 
 def warn_of_empty_layers(masks: Mapping[str, Tensor], method: str) -> None:

@@ -51,12 +51,13 @@ def make_pruner(method: str | Pruner | type[Pruner], options: dict[str, Any]) ->
 
 
 def _find(name: str) -> type[Pruner]:
-    wanted = _folded(name)
+    wanted = folded(name)
     for known, kind in PRUNERS.items():
-        if _folded(known) == wanted:
+        if folded(known) == wanted:
             return kind
     raise ValueError(f"method: unknown name {name!r}; expected one of {', '.join(PRUNERS)}")
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """``name`` without what does not matter in it."""
     return name.lower().replace("-", "").replace("_", "")

@@ -14,14 +14,13 @@ from torch.nn.utils import parametrize
 Selector: TypeAlias = str | type[nn.Module]
 Selection: TypeAlias = Selector | Iterable[Selector] | None
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRUNABLE_TYPES: tuple[type[nn.Module], ...] = (
     nn.Linear,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+    *TRANSPOSED,
 )
 _NORMALIZATION = (
     nn.modules.batchnorm._NormBase,
@@ -113,8 +112,7 @@ def refuse_transposed(model: nn.Module, weights: Mapping[str, nn.Parameter], sco
     """
     if scope not in ("neuron", "filter"):
         return
-    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    found = {id(m.weight) for m in model.modules() if isinstance(m, transposed)}
+    found = {id(m.weight) for m in model.modules() if isinstance(m, TRANSPOSED)}
     for name, weight in weights.items():
         if id(weight) in found:
             raise ValueError(

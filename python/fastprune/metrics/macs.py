@@ -1,0 +1,145 @@
+"""Multiply-adds of linear and convolution layers, dense and under masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastprune.masks import readable
+from fastprune.masks_model import match
+from fastprune.masks_summary import shown, table
+from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear
+from fastprune.pruners.data import call_arguments
+from fastprune.pruners.state import evaluating, preserved
+from fastprune.pruners.targets import PRUNABLE_TYPES, TRANSPOSED
+
+LAYERS = (*PRUNABLE_TYPES, MaskedLinear, MaskedConv2d)
+
+
+@dataclass(frozen=True)
+class LayerMacs:
+    """Multiply-adds of one layer.
+
+    Attributes:
+        name: the weight's parameter name; ``kind``: the layer's type.
+        dense: those of all weights; ``direct``: those of the kept ones.
+    """
+
+    name: str
+    kind: str
+    dense: int
+    direct: int
+
+    @property
+    def density(self) -> float:
+        """direct / dense; 1.0 for a layer without any."""
+        return self.direct / self.dense if self.dense else 1.0
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-adds of every layer in ``rows``, their sum in ``total``; ``str()`` gives a table."""
+
+    rows: tuple[LayerMacs, ...]
+
+    @property
+    def total(self) -> LayerMacs:
+        """The sum over all rows, named ``total``, of no kind."""
+        return LayerMacs(
+            "total", "", sum(r.dense for r in self.rows), sum(r.direct for r in self.rows)
+        )
+
+    def __str__(self) -> str:
+        head = ("name", "type", "dense MACs", "direct MACs", "density")
+        return table(head, [_cells(r) for r in self.rows], _cells(self.total), left=2)
+
+
+def macs(model: nn.Module, example_input: Any, masks: Mapping[str, Tensor] | None = None) -> Macs:
+    """Count the multiply-adds of linear and convolution layers on an example input.
+
+    A weight of a convolution is multiplied once per position of the output (of the input, if the
+    convolution is transposed), a weight of a linear layer once per row of its input, padding
+    included; each kept weight counts alike, so ``direct`` is what a kernel does that skips exactly
+    the pruned weights. Biases, normalization and everything that is no layer of these types (a
+    call of ``torch.nn.functional``, the projections inside attention) are not counted. A layer
+    that is called several times counts several times.
+
+    The model runs once, in evaluation mode and without gradients; it and the random state of torch
+    are left as they were. On the ``meta`` device it costs nothing.
+
+    Args:
+        model: any module.
+        example_input: what the model is called on: a tensor, or a tuple, list or dict of several
+            inputs. The counts are for all its samples.
+        masks: parameter name -> bool tensor of the weight's shape; any mapping. With the effective
+            masks, ``direct`` gives the effective multiply-adds. Layers without a mask are dense,
+            but for the masked layers of :mod:`fastprune.nn`, which have their own.
+    Returns:
+        :class:`Macs`, its rows in the order of ``named_modules()``; layers that did not run are
+        left out.
+    Raises:
+        TypeError: ``model`` is no module, ``masks`` no mapping of names to bool tensors.
+        ValueError: a mask has an unknown name or another shape than its weight, or no layer that
+            ran multiplies by the weight; the message names the mask.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    matched = [] if masks is None else match(model, readable(masks))
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    uses = _uses(model, layers, example_input)
+    kept: dict[int, Tensor] = {}
+    for name, weight, mask in matched:
+        if not any(layers[n].weight is weight for n in uses):
+            raise ValueError(
+                f"masks[{name!r}]: no linear or convolution layer with this weight ran"
+            )
+        # A shared weight may have a mask under each of its names.
+        before = kept.get(id(weight))
+        kept[id(weight)] = mask if before is None else before & mask.to(before.device)
+    rows = []
+    for name in (n for n in layers if n in uses):
+        layer, weight = layers[name], layers[name].weight
+        own = layer.weight_mask if isinstance(layer, MaskedLayer) else None
+        chosen = kept.get(id(weight), own)
+        nnz = weight.numel() if chosen is None else int(chosen.sum())
+        parameter = f"{name}.weight" if name else "weight"
+        times = uses[name]
+        rows.append(LayerMacs(parameter, type(layer).__name__, weight.numel() * times, nnz * times))
+    return Macs(tuple(rows))
+
+
+def _uses(model: nn.Module, layers: Mapping[str, Any], example_input: Any) -> dict[str, int]:
+    """How often each layer multiplies by each of its weights in one call of the model."""
+    uses: dict[str, int] = {}
+
+    def count(name: str, module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(module, (nn.Linear, MaskedLinear)):
+            places = output.numel() // max(module.out_features, 1)
+        elif isinstance(module, TRANSPOSED):
+            places = inputs[0].numel() // max(module.in_channels, 1)
+        else:
+            places = output.numel() // max(module.out_channels, 1)
+        uses[name] = uses.get(name, 0) + places
+
+    args, kwargs = call_arguments(example_input)
+    handles = [layer.register_forward_hook(partial(count, name)) for name, layer in layers.items()]
+    try:
+        with preserved(model), evaluating(model), torch.no_grad():
+            # Modules that write to their buffers even in evaluation mode write to copies.
+            buffers = {n: b.clone() for n, b in model.named_buffers()}
+            functional_call(model, buffers, args, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return uses
+
+
+def _cells(row: LayerMacs) -> tuple[str, ...]:
+    density = f"{shown(row.density, row.direct):.4f}"
+    return (row.name, row.kind, f"{row.dense:,}", f"{row.direct:,}", density)
