@@ -1,4 +1,4 @@
-"""PNG plots of what ``demo`` and ``bench`` measured."""
+"""PNG plots of what ``demo``, ``bench`` and ``effective`` measured."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune import figures
+from fastprune.effective.plots import LayerCount, Point, draw_bars, draw_curves
 
 _MOST_PANELS = 9
 
@@ -184,3 +185,46 @@ def peers(document: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(_caption(document["machine"]), fontsize=8)
     figures.legend(figure)
     figures.save(figure, path)
+
+
+def effective(document: Mapping[str, Any], path: Path) -> None:
+    """Effective against direct compression, and each layer's at the highest sparsity.
+
+    Args:
+        document: what ``effective`` writes as JSON.
+        path: of the PNG.
+    """
+    settings = document["settings"]
+    results = [r for r in document["results"] if "error" not in r]
+    points = [
+        Point(r["method"], r["kept"] / r["prunable"], r["active"] / r["prunable"]) for r in results
+    ]
+    top = _best_shown(results)
+    bars = {
+        method: [LayerCount(**c) for c in r["layers"]]
+        for method in settings["methods"]
+        for r in results
+        if (r["method"], r["sparsity"]) == (method, top) and r["seed"] == settings["seeds"][0]
+    }
+    width = 0.25 * len(results[0]["layers"]) * (1 + len(bars) / 3)
+    figure = figures.figure(1, 1, 4.6 + max(4.6, width), 3.8)
+    left, right = figure.subplots(1, 2, width_ratios=[4.6, max(4.6, width)])
+    draw_curves(left, points)
+    draw_bars(right, bars)
+    seeds = len(settings["seeds"])
+    left.set_title(f"{settings['model']}: mean and range of {seeds} seeds", fontsize=10)
+    right.set_title(f"layers at {100 * top:.6g} % sparsity", fontsize=10)
+    quota = f", quota {settings['quota']}" if settings["quota"] else ""
+    figure.suptitle(f"fastprune {document['machine']['fastprune']}{quota}", fontsize=8)
+    figures.legend(figure)
+    figures.save(figure, path)
+
+
+def _best_shown(results: Sequence[Mapping[str, Any]]) -> float:
+    """The highest sparsity at which most of the networks still have a path, or the lowest."""
+    sparsities = sorted({r["sparsity"] for r in results}, reverse=True)
+    for sparsity in sparsities:
+        alive = [r["active"] > 0 for r in results if r["sparsity"] == sparsity]
+        if 2 * sum(alive) >= len(alive):
+            return float(sparsity)
+    return float(sparsities[-1])

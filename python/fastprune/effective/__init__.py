@@ -4,6 +4,7 @@
 teaching it an operation of one's own.
 """
 
+from fastprune.effective import plots
 from fastprune.effective.measure import (
     effective_compression,
     effective_masks,
@@ -24,6 +25,7 @@ __all__ = [
     "effective_masks",
     "effective_sparsity",
     "path_norms",
+    "plots",
     "register_rule",
     "trim",
 ]

@@ -109,7 +109,8 @@ def layer_bars(
     """Compression of each layer, a bar for each label; where known, the effective one beyond it.
 
     The solid part of a bar ends at the direct compression (weights over kept weights), the pale
-    part at the effective one (over active weights). A layer without any has a bar with an arrow.
+    part at the effective one (over active weights). A layer without any has a bar to the top and an
+    arrow above it.
 
     Args:
         layers: label (a method, say) -> :func:`layer_counts`, of the same layers for all labels.
@@ -151,7 +152,10 @@ def draw_bars(ax: Any, layers: Mapping[str, Sequence[LayerCount]]) -> None:
             ax.bar(x, beyond - 1, alpha=0.35, **style)
             ax.bar(x, direct - 1, **style, label=label if place == 0 else None)
             if beyond >= top:
-                ax.plot([x], [top], marker=6, color=figures.colour(i), markersize=5, clip_on=False)
+                ax.plot(
+                    [x], [1.02], marker="^", markersize=4, color=figures.colour(i), clip_on=False,
+                    transform=ax.get_xaxis_transform(),
+                )  # fmt: skip
     total = sum(c.weights for c in first) or 1
     ax.set_yscale("log")
     ax.set_ylim(1, top)
