@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, reproduce_failure, settings  # noqa: F401
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -340,13 +340,13 @@ class Block(nn.Module):
 KINDS = ["plain", "residual", "depthwise", "transposed", "concatenated", "padded", "normalized"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4),
-    widths=st.lists(st.integers(1, 5), min_size=6, max_size=6),
+    widths=st.lists(st.integers(2, 7), min_size=6, max_size=6),
     seed=st.integers(0, 2**20),
-    density=st.sampled_from([0.05, 0.2, 0.5, 0.9]),
-    rows=st.sampled_from([0.0, 0.3, 0.6]),
+    density=st.sampled_from([0.1, 0.3, 0.6, 1.0]),
+    rows=st.sampled_from([0.1, 0.25, 0.4]),
     pooled=st.booleans(),
 )
 def test_any_small_network(kinds, widths, seed, density, rows, pooled) -> None:
@@ -362,7 +362,6 @@ def test_any_small_network(kinds, widths, seed, density, rows, pooled) -> None:
     model = prepared(nn.Sequential(*blocks, *pool, nn.Flatten(), nn.Linear(features, 3)), seed)
     masks = random_masks(model, density, seed)
     for mask in masks.values():  # whole rows and columns, which single weights rarely make dead
-        mask &= (torch.rand(len(mask), *[1] * (mask.dim() - 1)) >= rows) & (
-            torch.rand(1, mask.shape[1], *[1] * (mask.dim() - 2)) >= rows
-        )
+        mask &= torch.rand(len(mask), *[1] * (mask.dim() - 1)) >= rows
+        mask &= torch.rand(1, mask.shape[1], *[1] * (mask.dim() - 2)) >= rows
     trimmed(model, masks, torch.zeros(1, widths[0], 5, 5, dtype=torch.float64))
