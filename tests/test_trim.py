@@ -311,6 +311,20 @@ def test_bad_arguments() -> None:
     assert torch.equal(small[0].weight, model[0].weight)
 
 
+def test_a_bias_computed_from_the_input_is_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.a.weight, self.b(x)[0])
+
+    with pytest.raises(ValueError, match=r"linear.*computed from the input"):
+        fp.trim(Odd(), {}, example_input=torch.zeros(1, 4))
+
+
 class Block(nn.Module):
     """A choice of ways from one map to the next."""
 

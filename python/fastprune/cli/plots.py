@@ -213,7 +213,7 @@ def effective(document: Mapping[str, Any], path: Path) -> None:
     draw_bars(right, bars)
     seeds = len(settings["seeds"])
     left.set_title(f"{settings['model']}: mean and range of {seeds} seeds", fontsize=10)
-    right.set_title(f"layers at {100 * top:.6g} % sparsity", fontsize=10)
+    right.set_title(f"layers at {100 * top:.6g} % sparsity", fontsize=10, pad=14)
     quota = f", quota {settings['quota']}" if settings["quota"] else ""
     figure.suptitle(f"fastprune {document['machine']['fastprune']}{quota}", fontsize=8)
     figures.legend(figure)

@@ -31,6 +31,8 @@ class Life:
         self._owners = owners_of(model)
         self._graph = graph
         self._program, self._given = build(graph, DEPENDENCE)
+        for node, given in self._given.items():
+            _refuse_computed_parameters(node, given)
         self._masks = masks
         self._arguments = arguments
         self._reach: dict[fx.Node, tuple[Tensor, Tensor]] = {}
@@ -172,6 +174,17 @@ class Life:
             if bool(shift.any()):
                 found[consumer.weight] = shift
         return found
+
+
+def _refuse_computed_parameters(node: fx.Node, given: tuple[Any, ...]) -> None:
+    """Reach does not follow biases, nor the weights of normalization."""
+    op = name_of(node).removeprefix("aten::")
+    first = 1 if op.endswith("norm") else 2 if op.startswith(("linear", "conv")) else len(given)
+    if any(isinstance(a, Value) for a in given[first:]):
+        raise ValueError(
+            f"model: {node.name} ({op}) has a parameter that is computed from the input: what it "
+            "depends on is not followed, and so nothing can be said to be dead"
+        )
 
 
 def _rows(x: Tensor, channel: int) -> Tensor:

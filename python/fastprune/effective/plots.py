@@ -128,7 +128,7 @@ def layer_bars(
         raise ValueError("layers: expected counts of the same layers, at least one, for each label")
     figure = figures.figure(1, 1, max(4.3, 0.5 + 0.25 * len(names[0]) * (1 + len(names) / 3)), 3.6)
     draw_bars(figure.subplots(), layers)
-    figure.axes[0].set_title(title, fontsize=10)
+    figure.axes[0].set_title(title, fontsize=10, pad=14)
     figures.legend(figure)
     return _written(figure, path)
 

@@ -69,7 +69,8 @@ def trim(
     Raises:
         UnknownOperationError: the model has an operation without a rule; see
             :func:`fastprune.effective.register_rule`.
-        ValueError, TypeError: masks that do not fit the model; a model that cannot be traced.
+        ValueError, TypeError: masks that do not fit the model; a model that cannot be traced, or
+            has a bias that is computed from the input.
 
     In training mode the two may differ: BatchNorm sees a constant channel as one without variance.
     Cost: two traces (seconds for a large model), a forward pass, and two copies of the model.
