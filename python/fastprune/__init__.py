@@ -28,6 +28,7 @@ from fastprune.effective import (  # noqa: E402
     effective_masks,
     effective_sparsity,
     path_norms,
+    trim,
 )
 from fastprune.masks import Masks  # noqa: E402
 from fastprune.metrics import (  # noqa: E402
@@ -103,4 +104,5 @@ __all__ = [
     "score",
     "tensor_statistics",
     "timing",
+    "trim",
 ]

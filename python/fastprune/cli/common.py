@@ -147,6 +147,7 @@ def prune_at_init(
     loss: Callable[[Tensor, Tensor], Tensor],
     steps: int,
     seed: int,
+    quota: str | None = None,
 ) -> tuple[Masks, list[str]]:
     """Prune with the arguments that the method uses; random pruning draws from ``seed``.
 
@@ -168,7 +169,7 @@ def prune_at_init(
         options["generator"] = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        masks = prune(model, method, sparsity=sparsity, steps=steps, **options)
+        masks = prune(model, method, sparsity=sparsity, steps=steps, quota=quota, **options)
     return masks, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 

@@ -1,30 +1,16 @@
-"""PNG plots of what ``demo`` and ``bench`` measured."""
+"""PNG plots of what ``demo``, ``bench`` and ``effective`` measured."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; grey is for dense.
-_COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B",
-)  # fmt: skip
-_MARKERS = "osD^vP*X"
-_DENSE = "#777777"
+from fastprune import figures
+from fastprune.effective.plots import LayerCount, Point, draw_bars, draw_curves
+
 _MOST_PANELS = 9
-
-
-def _figure(rows: int, columns: int) -> Any:
-    """A figure on the Agg canvas: no display, and no change to the caller's pyplot backend."""
-    figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(4.3 * columns + 0.4, 3.3 * rows + 0.9), layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    return figure
 
 
 def _position(sparsity: float) -> float:
@@ -39,9 +25,7 @@ def _axis(ax: Any, sparsities: Sequence[float], title: str, label: str) -> None:
     values = sorted(set(sparsities))
     ax.set_xticks([_position(s) for s in values], [f"{100 * s:.6g} %" for s in values])
     ax.margins(x=0.06)
-    ax.grid(alpha=0.3, linewidth=0.6)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
+    figures.open_frame(ax)
 
 
 def _lines(
@@ -63,10 +47,10 @@ def _lines(
             ax.plot(
                 *zip(*points, strict=True),
                 style,
-                color=_COLOURS[index % len(_COLOURS)],
-                marker=_MARKERS[index % len(_MARKERS)],
+                color=figures.colour(index),
+                marker=figures.marker(index),
                 markersize=5,
-                markerfacecolor=_COLOURS[index % len(_COLOURS)] if style == "-" else "white",
+                markerfacecolor=figures.colour(index) if style == "-" else "white",
                 linewidth=1.4,
                 alpha=0.9,
                 label=method + suffix,
@@ -74,29 +58,13 @@ def _lines(
 
 
 def _level(ax: Any, height: float) -> None:
-    ax.axhline(height, color=_DENSE, linestyle="--", linewidth=1.2, label="dense")
+    ax.axhline(height, color=figures.GREY, linestyle="--", linewidth=1.2, label="dense")
 
 
 def _speedups_from_zero(ax: Any) -> None:
     """The axis begins at 0, so that heights compare as the speedups do."""
     _level(ax, 1.0)
     ax.set_ylim(0, 1.08 * max(1.1, ax.dataLim.y1))
-
-
-def _legend(figure: Any) -> None:
-    """One legend for all panels, below them."""
-    found: dict[str, Any] = {}
-    for ax in figure.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    figure.legend(
-        list(found.values()),
-        list(found),
-        loc="outside lower center",
-        ncols=min(len(found), 5 * max(1, len(figure.axes) // 2)),
-        frameon=False,
-        fontsize=9,
-    )
 
 
 def _caption(machine: Mapping[str, Any]) -> str:
@@ -124,7 +92,7 @@ def demo(document: Mapping[str, Any], path: Path) -> None:
     """
     methods = document["settings"]["methods"]
     networks = document["models"]
-    figure = _figure(len(networks), 3)
+    figure = figures.figure(len(networks), 3)
     axes = figure.subplots(len(networks), 3, squeeze=False)
     for row, network in zip(axes, networks, strict=True):
         results = network["results"]
@@ -140,8 +108,8 @@ def demo(document: Mapping[str, Any], path: Path) -> None:
             _lines(ax, results, methods, _in_mode(mode, "speedup"))
             _speedups_from_zero(ax)
     figure.suptitle(_caption(document["machine"]), fontsize=9)
-    _legend(figure)
-    figure.savefig(path, dpi=130, format="png")
+    figures.legend(figure)
+    figures.save(figure, path)
 
 
 def bench(document: Mapping[str, Any], path: Path) -> None:
@@ -152,7 +120,7 @@ def bench(document: Mapping[str, Any], path: Path) -> None:
         path: of the PNG.
     """
     settings, results = document["settings"], document["results"]
-    figure = _figure(1, len(settings["modes"]))
+    figure = figures.figure(1, len(settings["modes"]))
     axes = figure.subplots(1, len(settings["modes"]), squeeze=False)[0]
 
     def masked(mode: str) -> Callable[[Mapping[str, Any]], float | None]:
@@ -171,8 +139,8 @@ def bench(document: Mapping[str, Any], path: Path) -> None:
         _lines(ax, results, settings["methods"], masked(mode), ":", ", weight x mask")
         _speedups_from_zero(ax)
     figure.suptitle(f"{_caption(document['machine'])}, batch {settings['batch']}", fontsize=8)
-    _legend(figure)
-    figure.savefig(path, dpi=130, format="png")
+    figures.legend(figure)
+    figures.save(figure, path)
 
 
 def peers(document: Mapping[str, Any], path: Path) -> None:
@@ -198,7 +166,7 @@ def peers(document: Mapping[str, Any], path: Path) -> None:
             title = f"{document['settings']['set']}, {mean['kind']}{batch}, {mean['mask']} masks"
             panels.setdefault(f"{title}: geometric mean", []).append(mean)
     columns = min(3, len(panels))
-    figure = _figure(-(-len(panels) // columns), columns)
+    figure = figures.figure(-(-len(panels) // columns), columns)
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flatten()
     own = "fastprune"
     shown = [n for n, peer in document["peers"].items() if not peer["dense_torch"] and n != own]
@@ -215,5 +183,48 @@ def peers(document: Mapping[str, Any], path: Path) -> None:
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
     figure.suptitle(_caption(document["machine"]), fontsize=8)
-    _legend(figure)
-    figure.savefig(path, dpi=130, format="png")
+    figures.legend(figure)
+    figures.save(figure, path)
+
+
+def effective(document: Mapping[str, Any], path: Path) -> None:
+    """Effective against direct compression, and each layer's at the highest sparsity.
+
+    Args:
+        document: what ``effective`` writes as JSON.
+        path: of the PNG.
+    """
+    settings = document["settings"]
+    results = [r for r in document["results"] if "error" not in r]
+    points = [
+        Point(r["method"], r["kept"] / r["prunable"], r["active"] / r["prunable"]) for r in results
+    ]
+    top = _best_shown(results)
+    bars = {
+        method: [LayerCount(**c) for c in r["layers"]]
+        for method in settings["methods"]
+        for r in results
+        if (r["method"], r["sparsity"]) == (method, top) and r["seed"] == settings["seeds"][0]
+    }
+    width = 0.25 * len(results[0]["layers"]) * (1 + len(bars) / 3)
+    figure = figures.figure(1, 1, 4.6 + max(4.6, width), 3.8)
+    left, right = figure.subplots(1, 2, width_ratios=[4.6, max(4.6, width)])
+    draw_curves(left, points)
+    draw_bars(right, bars)
+    seeds = len(settings["seeds"])
+    left.set_title(f"{settings['model']}: mean and range of {seeds} seeds", fontsize=10)
+    right.set_title(f"layers at {100 * top:.6g} % sparsity", fontsize=10, pad=14)
+    quota = f", quota {settings['quota']}" if settings["quota"] else ""
+    figure.suptitle(f"fastprune {document['machine']['fastprune']}{quota}", fontsize=8)
+    figures.legend(figure)
+    figures.save(figure, path)
+
+
+def _best_shown(results: Sequence[Mapping[str, Any]]) -> float:
+    """The highest sparsity at which most of the networks still have a path, or the lowest."""
+    sparsities = sorted({r["sparsity"] for r in results}, reverse=True)
+    for sparsity in sparsities:
+        alive = [r["active"] > 0 for r in results if r["sparsity"] == sparsity]
+        if 2 * sum(alive) >= len(alive):
+            return float(sparsity)
+    return float(sparsities[-1])

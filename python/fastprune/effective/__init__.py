@@ -4,6 +4,7 @@
 teaching it an operation of one's own.
 """
 
+from fastprune.effective import plots
 from fastprune.effective.measure import (
     effective_compression,
     effective_masks,
@@ -12,6 +13,7 @@ from fastprune.effective.measure import (
 from fastprune.effective.norms import PathNorms, path_norms
 from fastprune.effective.program import Value, Weight
 from fastprune.effective.trace import Trace, UnknownOperationError, register_rule
+from fastprune.effective.trim import trim
 
 __all__ = [
     "PathNorms",
@@ -23,5 +25,7 @@ __all__ = [
     "effective_masks",
     "effective_sparsity",
     "path_norms",
+    "plots",
     "register_rule",
+    "trim",
 ]

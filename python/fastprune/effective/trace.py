@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,7 @@ class Graph:
     inputs: set[str]
     outputs: set[str]
     parameters: dict[str, str]  # placeholder -> first name of the parameter
+    buffers: dict[str, str]  # placeholder -> name of the buffer
 
 
 def graph_of(model: nn.Module, arguments: tuple[Any, ...]) -> Graph:
@@ -136,6 +137,7 @@ def graph_of(model: nn.Module, arguments: tuple[Any, ...]) -> Graph:
         set(signature.user_inputs),
         set(signature.user_outputs),
         {own: first[id(every[p])] for own, p in signature.inputs_to_parameters.items()},
+        dict(signature.inputs_to_buffers),
     )
 
 
@@ -172,18 +174,30 @@ def trace(model: nn.Module, arguments: tuple[Any, ...]) -> Program:
         UnknownOperationError: an operation has no rule; the message names it.
         ValueError: ``torch.export`` cannot trace the model.
     """
-    graph = graph_of(model, arguments)
+    return build(graph_of(model, arguments))[0]
+
+
+def build(
+    graph: Graph, rules: Mapping[str, Rule] | None = None
+) -> tuple[Program, dict[fx.Node, tuple[Any, ...]]]:
+    """The program of a graph, and what each call was given; ``rules`` precede the registered."""
     built = Trace()
+    chosen = {**_rules, **(rules or {})}
+    given: dict[fx.Node, tuple[Any, ...]] = {}
 
     def start(node: fx.Node) -> Any:
         if node.name in graph.inputs:
             return _input(built.program, node)
         return Weight(graph.parameters.get(node.name), shape_of(node))
 
-    for result in walk(graph, start, lambda *call: _apply(built, *call)):
+    def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given[node] = args
+        return _apply(built, chosen, node, args, kwargs)
+
+    for result in walk(graph, start, apply):
         if isinstance(result, Value):
             built.program.output(result)
-    return built.program
+    return built.program, given
 
 
 def _input(program: Program, node: fx.Node) -> Any:
@@ -198,9 +212,15 @@ def one_example(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a[:1] if isinstance(a, Tensor) and a.dim() > 1 else a for a in arguments)
 
 
-def _apply(built: Trace, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _apply(
+    built: Trace,
+    rules: Mapping[str, Rule],
+    node: fx.Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     name = name_of(node)
-    rule = _rules.get(name)
+    rule = rules.get(name)
     if rule is not None:
         return rule(built, node, *args, **kwargs)
     found: list[Value] = []
