@@ -195,3 +195,34 @@ def test_bad_models_and_inputs() -> None:
     with pytest.raises(ValueError, match=r"torch\.export cannot trace it"):
         fp.effective_sparsity(model, {}, example_input=torch.zeros(1, 3))
     assert fp.effective_sparsity(model, {}, example_input=torch.zeros(1, 1, 4, 5)) == 0.0
+
+
+def test_parameters_that_depend_on_the_input_are_refused() -> None:
+    class Hyper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make = nn.Linear(4, 3)
+            self.weight = nn.Parameter(torch.ones(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.make(x)[0])
+
+    masks = {"make.weight": torch.ones(3, 4).bool()}
+    with pytest.raises(ValueError, match="computed from the input, which reach does not follow"):
+        fp.effective_sparsity(Hyper(), masks, example_input=torch.zeros(1, 4))
+
+
+def test_a_choice_made_by_the_input_is_an_unknown_operation() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value = nn.Linear(4, 3)
+            self.which = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.value(x)[:, self.which(x).argmax(dim=1)]
+
+    masks = {n: torch.ones(3, 4).bool() for n in ("value.weight", "which.weight")}
+    model = Picks()
+    with pytest.raises(fp.effective.UnknownOperationError, match="aten::argmax"):
+        fp.effective_sparsity(model, masks, example_input=torch.zeros(1, 4))

@@ -12,18 +12,20 @@ from torch import Tensor, fx
 
 from fastprune.effective.program import Value, Weight
 from fastprune.effective.rules.names import ELEMENTWISE, MOVES, REDUCTIONS
+from fastprune.effective.rules.windows import refuse_computed
 from fastprune.effective.trace import Trace, register_rule, shape_of
 
 
 @register_rule(*(f"aten::{name}" for name in ELEMENTWISE))
 def _elementwise(trace: Trace, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(node.meta["val"], (tuple, list)):  # norms that return their statistics too
-        first = node.meta["val"][0]
-        value = next(a for a in args if isinstance(a, Value))
-        return (trace.program.reshaped(value, tuple(first.shape)), *[None] * 4)
     named = str(node.target).split(".")[1]
-    if named.endswith("norm"):  # its own parameters are no operands of a path
-        args = args[:1]
+    if "norm" in named:  # its own parameters are no operands of a path
+        refuse_computed(node, *args[1:], *kwargs.values())
+        args, kwargs = args[:1], {}
+    val = node.meta["val"]
+    if isinstance(val, (tuple, list)):  # with their statistics
+        value = next(a for a in args if isinstance(a, Value))
+        return (trace.program.reshaped(value, tuple(val[0].shape)), *[None] * 4)
     return trace.elementwise(node, *args, *kwargs.values())
 
 
@@ -42,14 +44,17 @@ def _indices(argument: Any) -> Any:
 
 @register_rule("aten::index_select", "aten::index", "aten::gather", "aten::embedding_bag")
 def _by_index(trace: Trace, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    values = [a for a in args if isinstance(a, Value)]
+    values: list[Value] = []
+    fx.node.map_aggregate((args, kwargs), lambda a: values.append(a) if isinstance(a, Value) else a)
+    shape = shape_of(node)
     if not values:
-        return trace.elementwise(node, *args)
-    shape = shape_of(node)  # which elements is not known: any
-    zeros = torch.zeros
-    return trace.mixed(
-        values[0], zeros(values[0].numel).long(), shape, zeros(math.prod(shape)).long()
-    )
+        return Weight(None, shape)
+    # Which elements is not known: any.
+    ones = [
+        trace.mixed(v, torch.zeros(v.numel).long(), shape, torch.zeros(math.prod(shape)).long())
+        for v in values
+    ]
+    return ones[0] if len(ones) == 1 else trace.program.join(shape, ones)
 
 
 @register_rule(

@@ -9,12 +9,13 @@ import torch
 from torch import fx
 
 from fastprune.effective.program import Geometry, Value, Weight
-from fastprune.effective.rules.windows import one_example, three
+from fastprune.effective.rules.windows import one_example, refuse_computed, three
 from fastprune.effective.trace import Trace, register_rule, shape_of
 
 
 @register_rule("aten::linear")
 def _linear(trace: Trace, node: fx.Node, x: Any, weight: Any, bias: Any = None) -> Any:
+    refuse_computed(node, bias)
     if not isinstance(x, Value):
         return trace.elementwise(node, x)
     if isinstance(weight, Value):
@@ -105,6 +106,7 @@ def _conv(
     trace: Trace, node: fx.Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> Any:  # fmt: skip
+    refuse_computed(node, weight, bias)
     dims = len(weight.shape) - 2
     shape = shape_of(node)
     if not isinstance(x, Value):
@@ -144,6 +146,7 @@ def _conv_transpose(
     trace: Trace, node: fx.Node, x: Any, weight: Any, bias: Any = None, stride: Any = 1,
     padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
 ) -> Any:  # fmt: skip
+    refuse_computed(node, weight, bias)
     dims = len(weight.shape) - 2
     shape = shape_of(node)
     if not isinstance(x, Value):

@@ -27,6 +27,16 @@ def one_example(node: fx.Node, shape: tuple[int, ...], dims: int) -> None:
         )
 
 
+def refuse_computed(node: fx.Node, *operands: Any) -> None:
+    """Refuse a layer whose own parameters depend on the input: reach follows its input only."""
+    for operand in operands:
+        if isinstance(operand, Value):
+            raise ValueError(
+                f"model: {node.name} ({node.target}) has a weight or bias that is computed from "
+                "the input, which reach does not follow"
+            )
+
+
 def window(
     trace: Trace, node: fx.Node, x: Value, kernel: Any, stride: Any, padding: Any, dilation: Any,
     dims: int, shape: tuple[int, ...],
