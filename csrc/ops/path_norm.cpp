@@ -190,7 +190,8 @@ class Reach {
     const bool fresh = found == nullptr;
     if (fresh) {
       covers_.push_back(Covers{g, Words(static_cast<size_t>((g.taps() + 1) * (small + large))),
-                               std::vector<uint8_t>(static_cast<size_t>(3 * g.taps()))});
+                               std::vector<uint8_t>(static_cast<size_t>(g.taps())),
+                               std::vector<int64_t>(static_cast<size_t>(g.taps()))});
       found = &covers_.back();
     }
     uint64_t* at = found->words.data();
@@ -198,9 +199,8 @@ class Reach {
                          at + g.taps() * small,
                          at + g.taps() * (small + large),
                          at + g.taps() * (small + large) + small,
-                         found->saturates.data(),
-                         found->saturates.data() + g.taps(),
-                         found->saturates.data() + 2 * g.taps()};
+                         found->joins.data(),
+                         found->shifts.data()};
     if (fresh) {
       Words rows(static_cast<size_t>(words_of(g.small[2]) + words_of(g.large[2])));
       FASTPRUNE_PICK(reach_taps)(g, taps, rows.data());
@@ -336,7 +336,8 @@ class Reach {
   struct Covers {
     ReachGeometry geometry;
     Words words;
-    std::vector<uint8_t> saturates;
+    std::vector<uint8_t> joins;
+    std::vector<int64_t> shifts;
   };
 
   const ReachProgram& program_;

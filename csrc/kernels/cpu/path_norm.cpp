@@ -131,9 +131,8 @@ void reach_taps(const ReachGeometry& g, const ReachTaps& taps, uint64_t* rows) {
     or_words(taps.all_large, large, large_words);
   }
   for (int64_t t = 0; t < g.taps(); ++t) {
-    taps.saturates_small[t] = same_words(taps.small + t * small_words, taps.all_small, small_words);
+    taps.shift[t] = tap_shift(g, t);
     taps.joins[t] = any_word(taps.small + t * small_words, small_words);
-    taps.saturates_large[t] = same_words(taps.large + t * large_words, taps.all_large, large_words);
   }
 }
 
@@ -166,12 +165,11 @@ void reach_gather(const ReachGeometry& g, const ReachTaps& taps, const uint64_t*
         if (large_states[c] == kReachFull) {
           if ((seen[t / 64] >> t % 64 & 1u) != 0) continue;
           seen[t / 64] |= uint64_t{1} << t % 64;
-          or_words(to, taps.small + t * small_words, small_words);
+          saturated = or_until(to, taps.small + t * small_words, taps.all_small, small_words);
         } else {
-          join.gather(t, taps.small + t * small_words, large + c * large_words, to);
+          join.gather(t, taps.shift[t], taps.small + t * small_words, large + c * large_words, to);
+          saturated = same_words(to, taps.all_small, small_words);
         }
-        saturated = (large_states[c] == kReachFull && taps.saturates_small[t] != 0) ||
-                    same_words(to, taps.all_small, small_words);
       }
     }
   }
@@ -209,14 +207,16 @@ void reach_spread(const ReachGeometry& g, const ReachTaps& taps, const uint64_t*
         for (uint64_t left = row[w] & open[w]; left != 0; left &= (left - 1) & open[w]) {
           const int64_t i = 64 * w + __builtin_ctzll(left), c = by_taps(i), t = i - c * n_taps;
           uint64_t* to = large + (q * g.depth + c) * large_words;
+          bool saturated = false;
           if (full) {
             open[w] &= ~(uint64_t{1} << i % 64);
-            or_words(to, taps.large + t * large_words, large_words);
+            saturated = or_until(to, taps.large + t * large_words, taps.all_large, large_words);
           } else {
-            join.spread(t, taps.small + t * small_words, small + o * small_words, to);
+            join.spread(t, taps.shift[t], taps.small + t * small_words, small + o * small_words,
+                        to);
+            saturated = same_words(to, taps.all_large, large_words);
           }
-          if ((full && taps.saturates_large[t] != 0) ||
-              same_words(to, taps.all_large, large_words)) {
+          if (saturated) {
             clear_bits(open, c * n_taps, n_taps);
           }
         }
@@ -246,7 +246,7 @@ int64_t reach_active(const ReachGeometry& g, const ReachTaps& taps, const uint64
       const uint64_t* cover = taps.small + t * small_words;
       const bool any = large_states[c] == kReachFull
                            ? taps.joins[t] != 0
-                           : join.meets(t, cover, large + c * large_words, nullptr);
+                           : join.meets(t, taps.shift[t], cover, large + c * large_words, nullptr);
       if (any) live[i / 64] |= uint64_t{1} << i % 64;
     }
   }
@@ -271,7 +271,7 @@ int64_t reach_active(const ReachGeometry& g, const ReachTaps& taps, const uint64
         const uint64_t* cover = taps.small + t * small_words;
         const bool on = large_states[c] == kReachFull
                             ? meet_words(cover, at, small_words)
-                            : join.meets(t, cover, large + c * large_words, at);
+                            : join.meets(t, taps.shift[t], cover, large + c * large_words, at);
         count += on;
         if (on && out != nullptr) out[w] |= uint64_t{1} << b;
       });

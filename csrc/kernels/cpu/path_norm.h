@@ -34,8 +34,8 @@ FASTPRUNE_HOST_DEVICE inline int64_t words_of(int64_t bits) { return (bits + 63)
 struct ReachTaps {
   uint64_t *small, *large;
   uint64_t *all_small, *all_large;
-  // Per tap: it joins all that any tap does; it joins anything.
-  uint8_t *saturates_small, *saturates_large, *joins;
+  uint8_t* joins;  // per tap: it joins anything
+  int64_t* shift;  // per tap: tap_shift() of reach_positions.h
 };
 
 // Of a plane.
