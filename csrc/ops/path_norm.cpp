@@ -36,6 +36,13 @@ class Reach {
       : program_(program), labels_(labels) {
     int64_t words = 0;
     for (const ReachValue& v : program.values) words += 2 * v.words();
+    std::vector<int64_t> mask_words(masks.size());
+    for (const ReachInstruction& i : program.instructions) {
+      if (i.mask >= 0) {
+        mask_words[static_cast<size_t>(i.mask)] = i.mask_rows() * words_of(i.mask_cols());
+      }
+    }
+    for (const int64_t n : mask_words) words += n;
     memory_ = Arena::of(words * 8);
     uint64_t* next = memory_->as<uint64_t>();
     for (std::vector<Map>* maps : {&forward_, &backward_}) {
@@ -44,21 +51,24 @@ class Reach {
         next += v.words();
       }
     }
-    bits_.resize(masks.size());
+    for (const int64_t n : mask_words) {
+      bits_.push_back(next);
+      next += n;
+    }
     active_.resize(masks.size());
     counts_.resize(masks.size());
     std::vector<int> uses(masks.size());
     for (const ReachInstruction& i : program.instructions) {
       if (i.mask < 0) continue;
       const size_t m = static_cast<size_t>(i.mask);
-      const size_t mask_words = static_cast<size_t>(i.mask_rows() * words_of(i.mask_cols()));
       if (uses[m]++ == 0) {
-        bits_[m].resize(mask_words);
         const auto* bytes = static_cast<const uint8_t*>(masks[m].const_data_ptr());
-        FASTPRUNE_PICK(reach_pack)(bytes, i.mask_rows(), i.mask_cols(), bits_[m].data());
+        FASTPRUNE_PICK(reach_pack)(bytes, i.mask_rows(), i.mask_cols(), bits_[m]);
       }
       // Weights used twice are active where either use is.
-      if ((uses[m] == 2 || keep_active) && active_[m].empty()) active_[m].resize(mask_words);
+      if ((uses[m] == 2 || keep_active) && active_[m].empty()) {
+        active_[m].resize(static_cast<size_t>(mask_words[m]));
+      }
     }
   }
 
@@ -118,7 +128,7 @@ class Reach {
     return map.words;
   }
   const uint64_t* mask_bits(const ReachInstruction& i) const {
-    return i.mask < 0 ? nullptr : bits_[static_cast<size_t>(i.mask)].data();
+    return i.mask < 0 ? nullptr : bits_[static_cast<size_t>(i.mask)];
   }
   uint64_t* scratch(int64_t words) {
     if (scratch_.size() < static_cast<size_t>(words)) scratch_.resize(static_cast<size_t>(words));
@@ -342,9 +352,10 @@ class Reach {
 
   const ReachProgram& program_;
   const std::vector<Tensor>& labels_;
-  std::shared_ptr<const Scratch> memory_;  // of the maps
+  std::shared_ptr<const Scratch> memory_;  // of the maps and the masks' bits
   std::vector<Map> forward_, backward_;    // reached from an input; reaching an output
-  std::vector<Words> bits_, active_;       // of the masks
+  std::vector<uint64_t*> bits_;            // of the masks
+  std::vector<Words> active_;
   std::vector<int64_t> counts_;
   std::vector<Covers> covers_;
   Words scratch_, result_;
