@@ -4,6 +4,11 @@
 # FASTPRUNE_EMULATION compiles the same sources a second time, for the host: the tests of machines
 # without a GPU run them (csrc/kernels/cuda/emulation.h). Not in wheels.
 
+# It switches stacks in assembly.
+if(FASTPRUNE_EMULATION AND NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  set(FASTPRUNE_EMULATION OFF)
+endif()
+
 set(FASTPRUNE_CUDA_OBJECTS "")
 set(FASTPRUNE_CUDA_ARCHITECTURES "")
 set(FASTPRUNE_CUDA_VERSION "")
