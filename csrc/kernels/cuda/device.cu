@@ -4,11 +4,6 @@ namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 
 #if defined(FASTPRUNE_EMULATED)
 
-cudaError_t device_usable(int, bool* usable) {
-  *usable = true;
-  return cudaSuccess;
-}
-
 cudaError_t device_limits(DeviceLimits* limits) {
   *limits = DeviceLimits{emulation::multiprocessors(), 227 << 10, 90};
   return cudaSuccess;
@@ -24,25 +19,9 @@ cudaError_t fault_mark(uint32_t** mark) {
 
 namespace {
 
-// Only ever looked up: the runtime finds an image for the device, or it does not.
-__global__ void probe() {}
-
 constexpr int kMaxDevices = 64;
 
 }  // namespace
-
-cudaError_t device_usable(int device, bool* usable) {
-  *usable = false;
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error != cudaSuccess) return error;
-  error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
-  cudaFuncAttributes attributes;
-  *usable = cudaFuncGetAttributes(&attributes, probe) == cudaSuccess;
-  if (!*usable) cudaGetLastError();
-  return cudaSetDevice(before);
-}
 
 cudaError_t device_limits(DeviceLimits* limits) {
   static DeviceLimits known[kMaxDevices];  // zero: not asked yet; every asker writes the same

@@ -1,13 +1,9 @@
-// What the CUDA side of this build can run on, and how its kernels report bad data.
+// How kernels report bad data.
 #pragma once
 
 #include "kernels/cuda/cuda.h"
 
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
-
-// Writes to *usable whether the kernels inside this binary can run on `device`, by asking the
-// runtime to load one of them. No launch, no synchronisation.
-cudaError_t device_usable(int device, bool* usable);
 
 // Bad data that only the GPU has seen. A kernel skips it and leaves a mark; the next op raises.
 enum Fault : uint32_t {

@@ -26,6 +26,13 @@ __device__ __forceinline__ void finish(Accumulator<S> sum, S* to, const S* resid
   if (relu) y = narrow<S>(widen(y) < 0 ? 0 : widen(y));  // a NaN stays
   *to = y;
 }
+// The same for result i of arrays.
+template <typename S>
+__device__ __forceinline__ void finish(Accumulator<S> sum, void* to, const void* residual,
+                                       bool relu, int64_t i) {
+  finish<S>(sum, static_cast<S*>(to) + i,
+            residual == nullptr ? nullptr : static_cast<const S*>(residual) + i, relu);
+}
 
 #endif
 

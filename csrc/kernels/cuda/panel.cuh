@@ -7,6 +7,7 @@
 // memory, 128 bytes per clock, is the bound.
 #pragma once
 
+#include "kernels/cuda/elements.h"
 #include "kernels/cuda/panel.h"
 
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
@@ -66,17 +67,6 @@ __device__ __forceinline__ T load_element(DType dtype, const void* from, int64_t
     if (dtype == DType::bf16) return widen(static_cast<const BFloat16*>(from)[i]);
     return widen(static_cast<const Float16*>(from)[i]);
   }
-}
-
-// Result i, finished: rounded, then the residual added and rounded, then ReLU, as the separate
-// layers would. A NaN stays.
-template <typename S>
-__device__ __forceinline__ void finish(Accumulator<S> sum, void* to, const void* residual,
-                                       bool relu, int64_t i) {
-  S y = narrow<S>(sum);
-  if (residual != nullptr) y = narrow<S>(widen(y) + widen(static_cast<const S*>(residual)[i]));
-  if (relu) y = narrow<S>(widen(y) < 0 ? 0 : widen(y));
-  static_cast<S*>(to)[i] = y;
 }
 
 // The rows of a block's warps, and where their entries of the part at hand lie. In shared memory:

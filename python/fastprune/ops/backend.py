@@ -6,6 +6,8 @@ import functools
 
 import torch
 
+# Compute capability of the oldest GPU that the binary has code for.
+_OLDEST = (8, 0)
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
@@ -20,4 +22,6 @@ def has_kernel(op: str, device_type: str) -> bool:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether the sparse products run on own kernels on this device."""
-    return has_kernel("planned_linear", device.type)
+    if not has_kernel("planned_linear", device.type):
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _OLDEST
