@@ -96,8 +96,8 @@ def effective_sparsity(
             says how to register one (:func:`fastprune.effective.register_rule`).
         ValueError, TypeError: masks that do not fit the model; a model that cannot be traced.
 
-    Cost: the first call for a model and input size traces it (seconds for a large one); then about
-    one read of the masks, on the weights' device.
+    Cost: the first call for a model and input size traces it (seconds for a large one); then a few
+    times one read of the masks (measured in the README), on the weights' device.
     Source: Vysogorets and Kempe 2023, section 3; the authors compute it by an all-ones pass, which
     underflows in depth.
     """

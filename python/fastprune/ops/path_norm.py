@@ -38,8 +38,9 @@ def path_norm_reach(
     Raises:
         RuntimeError: the program does not fit itself, its masks or its labels; the message says
             where.
-    Cost: one read of the masks, one write with ``write``; where maps fill up, which they do in all
-    but the sparsest networks, the rest is done on a fraction of the masks' bits. Deterministic. On
+    Cost: the masks are read once, and written once with ``write``; what follows scans their bits,
+    an eighth of the bytes, up to three times, less where maps fill up: in all a few times one
+    read. Deterministic. On
     a GPU nothing is waited for; a cyclic program is left to one block of threads there.
     """
     return torch.ops.fastprune.path_norm_reach(  # type: ignore[no-any-return]
