@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastprune as fp
-from fastprune.convert import _masked, _replace
 from fastprune.fusing import fuse, fuse_relu_
 from fastprune.kernel_choice import keep_batch_last
 from fastprune.nn import MaskedConv2d
 from fastprune.nn.batch_last import BatchNorm2d
 from fastprune.ops import layout
+from fastprune.swapping import mask_layer_
 
 
 class Block(nn.Module):
@@ -83,9 +83,9 @@ def make(model: nn.Module, keep_dense: tuple[str, ...] = ("stem",)) -> nn.Module
             nn.init.uniform_(m.running_var, 0.5, 2)
             nn.init.normal_(m.weight)
             nn.init.normal_(m.bias)
-    for name, layer in list(model.named_modules()):
+    for name, layer in model.named_modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and name not in keep_dense:
-            model = _replace(model, name, _masked(layer, torch.rand(layer.weight.shape) < 0.4))
+            mask_layer_(layer, torch.rand(layer.weight.shape) < 0.4)
     return model.eval()
 
 

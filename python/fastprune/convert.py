@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 from fastprune import folding
 from fastprune.fusing import unfuse_
 from fastprune.kernel_choice import choose_kernel, choose_whole, record_inputs
-from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear
+from fastprune.nn import MaskedLayer
 from fastprune.report import LayerReport, Report, machine
+from fastprune.swapping import can_mask, mask_layer_, unmask_layer_, unmask_layers_
 
 
 def accelerate(
@@ -79,7 +80,7 @@ def accelerate(
         dense.eval()
         folded = folding.fold_batchnorm_(dense)
     fast = copy.deepcopy(dense)
-    owners = {name: owner for name, owner in weights.items() if _supported(model, owner)}
+    owners = {name: owner for name, owner in weights.items() if can_mask(model.get_submodule(owner))}
     inputs = record_inputs(dense, set(owners.values()), arguments, training)
     layers, used = [], set()
     for name, owner in weights.items():
@@ -91,9 +92,12 @@ def accelerate(
         if id(layer) in used:
             continue
         used.add(id(layer))
-        masked = _masked(fast.get_submodule(owner), masks[name].to(layer.weight.device))  # type: ignore[arg-type]
+        masked = fast.get_submodule(owner)
+        if isinstance(masked, MaskedLayer):
+            unmask_layer_(masked)
+        mask_layer_(masked, masks[name])
+        assert isinstance(masked, MaskedLayer)
         layers.append(choose_kernel(name, layer, masked, inputs.get(owner), training, min_time))
-        fast = _replace(fast, owner, masked)
     report = Report(layers=layers, training=training, folded=folded)
     on = next((x.device for x in inputs.values() if x.device.type == "cuda"), None)
     if on is not None:
@@ -111,27 +115,7 @@ def finalize(model: nn.Module) -> nn.Module:
     for part in plain.modules():
         if isinstance(part, fx.GraphModule):
             unfuse_(part)
-    for name, layer in list(plain.named_modules()):
-        if isinstance(layer, MaskedLayer):
-            plain = _replace(plain, name, _plain(layer))
-    return plain
-
-
-def _plain(layer: MaskedLayer) -> nn.Module:
-    with torch.no_grad():
-        layer.weight.data.masked_fill_(~layer.weight_mask, 0)
-    dense = nn.Linear if isinstance(layer, MaskedLinear) else nn.Conv2d
-    plain = dense.__new__(dense)
-    nn.Module.__init__(plain)
-    hidden = {"weight_grad", "sparse", "_pattern", "_kernel_padding", "_layout", "sparse_in_chain"}
-    hidden |= {"fused_relu", "_norm", "_folded"}
-    internal = set(plain.__dict__)
-    for key, value in layer.__dict__.items():
-        if key not in internal and key not in hidden:
-            setattr(plain, key, value)
-    plain.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
-    plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
-    plain.train(layer.training)
+    unmask_layers_(plain)
     return plain
 
 
@@ -155,35 +139,8 @@ def _check(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
     return owners
 
 
-def _supported(model: nn.Module, owner: str) -> bool:
-    layer = model.get_submodule(owner)
-    # Exact types: a subclass may do something else in its forward pass.
-    return type(layer) in (nn.Linear, nn.Conv2d, MaskedLinear, MaskedConv2d)
-
-
 def _prune_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, mask in masks.items():
             weight = model.get_parameter(name)
             weight.masked_fill_(~mask.to(weight.device), 0)
-
-
-def _masked(layer: nn.Module, mask: Tensor) -> MaskedLayer:
-    if isinstance(layer, MaskedLayer):
-        layer = _plain(layer)
-    if isinstance(layer, nn.Linear):
-        return MaskedLinear(layer, mask)
-    assert isinstance(layer, nn.Conv2d)
-    return MaskedConv2d(layer, mask)
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
-    """Put ``layer`` in place of the submodule, wherever it is shared; returns the (new) root."""
-    if name == "":
-        return layer
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):  # named_children skips repeats
-            if child is old:
-                setattr(parent, child_name, layer)
-    return model

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.nn.batch_last import scale_and_shift, versions
-from fastprune.nn.masked import MaskedLayer, WeightGrad
+from fastprune.nn.masked import MaskedLayer, WeightGrad, adopt_
 from fastprune.ops.masked_conv2d import apply_conv2d, check_room
 from fastprune.ops.pattern import autocast, check_operands
 
@@ -40,6 +40,13 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     fused_relu = False
     _norm: tuple[nn.BatchNorm2d, ...] = ()
     _folded: tuple[Any, Tensor, Tensor] | None = None
+    own_attributes = (
+        *MaskedLayer.own_attributes,
+        "_kernel_padding",
+        "fused_relu",
+        "_norm",
+        "_folded",
+    )
 
     def __init__(
         self,
@@ -66,7 +73,12 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             "_reversed_padding_repeated_twice",
         ):
             setattr(self, name, getattr(layer, name))
-        self._adopt(layer, mask, weight_grad, sparse)
+        adopt_(self, layer)
+        self.become_masked_(mask, weight_grad, sparse)
+
+    def become_masked_(self, mask: Tensor, weight_grad: WeightGrad, sparse: bool = True) -> None:
+        """As :meth:`MaskedLayer.become_masked_`; splits the padding as well."""
+        super().become_masked_(mask, weight_grad, sparse)
         # (left, right, top, bottom): symmetric zero padding goes to the kernel, the rest to F.pad.
         left, right, top, bottom = self._reversed_padding_repeated_twice
         zeros = self.padding_mode == "zeros"

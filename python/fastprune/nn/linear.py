@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprune.nn.masked import MaskedLayer, WeightGrad
+from fastprune.nn.masked import MaskedLayer, WeightGrad, adopt_
 from fastprune.ops.masked_linear import apply_linear
 from fastprune.ops.pattern import autocast, check_operands
 
@@ -41,7 +41,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             raise TypeError(f"layer: expected an nn.Linear, got {type(layer).__name__}")
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._adopt(layer, mask, weight_grad, sparse)
+        adopt_(self, layer)
+        self.become_masked_(mask, weight_grad, sparse)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,23 +35,26 @@ class MaskedLayer(nn.Module):
     _layout: int = LIKE_INPUT
     # What accelerate found for activations with the batch innermost.
     sparse_in_chain: bool = True
+    # What a plain layer does not have.
+    own_attributes: ClassVar[tuple[str, ...]] = (
+        "weight_grad",
+        "sparse",
+        "_pattern",
+        "_layout",
+        "sparse_in_chain",
+    )
 
-    def _adopt(self, layer: nn.Module, mask: Tensor, weight_grad: WeightGrad, sparse: bool) -> None:
-        """Take over the parameters of a dense layer; called by the subclasses' constructors."""
+    def become_masked_(self, mask: Tensor, weight_grad: WeightGrad, sparse: bool = True) -> None:
+        """Give a module that has a dense layer's parameters and sizes its mask.
+
+        For constructors and :mod:`fastprune.swapping`; on an error nothing has changed.
+        """
         if weight_grad not in ("sampled", "dense"):
             raise ValueError(f"weight_grad: expected 'sampled' or 'dense', got {weight_grad!r}")
-        if getattr(layer, "parametrizations", None) or hasattr(layer, "weight_orig"):
-            raise ValueError(
-                "layer: expected a plain weight, got one that is parametrized or pruned by "
-                "torch.nn.utils; remove that first"
-            )
-        weight, bias = layer.weight, layer.bias
-        self.register_parameter("weight", weight)  # type: ignore[arg-type]
-        self.register_parameter("bias", bias)  # type: ignore[arg-type]
+        _check_plain(self)
         self.weight_grad = weight_grad
         self.sparse = sparse
         self._set_mask(mask, register=True)
-        self.train(layer.training)
         self.register_state_dict_pre_hook(_clear_pruned)
 
     def _groups(self) -> int:
@@ -159,6 +162,33 @@ class MaskedLayer(nn.Module):
 def _clear_pruned(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     assert isinstance(module, MaskedLayer)
     module.clear_pruned_()
+
+
+def adopt_(masked: MaskedLayer, layer: nn.Module) -> None:
+    """Give a new masked layer the Parameters and the mode of a dense one."""
+    _check_plain(layer)
+    masked.register_parameter("weight", layer.weight)  # type: ignore[arg-type]
+    masked.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
+    nn.Module.train(masked, layer.training)
+
+
+def _check_plain(layer: nn.Module) -> None:
+    if getattr(layer, "parametrizations", None) or hasattr(layer, "weight_orig"):
+        raise ValueError(
+            "layer: expected a plain weight, got one that is parametrized or pruned by "
+            "torch.nn.utils; remove that first"
+        )
+
+
+def release_(layer: MaskedLayer) -> None:
+    """Take from a layer what :meth:`MaskedLayer.become_masked_` and its use have added."""
+    layer._forget()
+    hooks = layer._state_dict_pre_hooks
+    for key in [k for k, hook in hooks.items() if hook is _clear_pruned]:
+        del hooks[key]
+    del layer._buffers["weight_mask"]
+    for name in layer.own_attributes:
+        layer.__dict__.pop(name, None)
 
 
 class _PrunedWithDenseGrad(torch.autograd.Function):
