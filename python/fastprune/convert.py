@@ -80,7 +80,7 @@ def accelerate(
         dense.eval()
         folded = folding.fold_batchnorm_(dense)
     fast = copy.deepcopy(dense)
-    owners = {name: owner for name, owner in weights.items() if can_mask(model.get_submodule(owner))}
+    owners = {n: owner for n, owner in weights.items() if can_mask(model.get_submodule(owner))}
     inputs = record_inputs(dense, set(owners.values()), arguments, training)
     layers, used = [], set()
     for name, owner in weights.items():
