@@ -65,7 +65,7 @@ def mask_layer_(layer: nn.Module, mask: Tensor, weight_grad: WeightGrad = "sampl
     """Turn one ``nn.Linear`` or ``nn.Conv2d`` into a masked layer, in place."""
     kind = type(layer)
     try:
-        layer.__class__ = _MASKED[kind]
+        layer.__class__ = _MASKED[kind]  # type: ignore[assignment]
         layer.become_masked_(mask, weight_grad)  # type: ignore[operator]
     except BaseException:
         layer.__class__ = kind
@@ -85,7 +85,7 @@ def unmask_layer_(layer: MaskedLayer) -> None:
     with torch.no_grad():
         layer.weight.data.masked_fill_(~layer.weight_mask, 0)
     release_(layer)
-    layer.__class__ = _DENSE[type(layer)]
+    layer.__class__ = _DENSE[type(layer)]  # type: ignore[assignment]
 
 
 def _users(model: nn.Module, name: str, weight: Tensor) -> list[nn.Module]:
