@@ -72,13 +72,12 @@ class Files:
 
 
 def load_split(
-    name: str, split: str, root: Path | None = None, limit: int | None = None, workers: int = 0
+    name: str, split: str, root: Path | None = None, workers: int = 0
 ) -> Any:
     """One split of a data set: a :class:`Split` if it fits in memory, else :class:`Files`.
 
     Args:
         name, split, root: as in :func:`fastprune.data.load`.
-        limit: the first so many samples only.
         workers: processes that decode images.
     """
     if root is None:
@@ -86,9 +85,7 @@ def load_split(
     dataset = data.load(name, root, split)
     if hasattr(dataset, "tensors"):
         x, y = dataset.tensors
-        return Split(x[:limit], y[:limit])
-    if limit is not None and limit < len(dataset):  # type: ignore[arg-type]
-        dataset = torch.utils.data.Subset(dataset, range(limit))
+        return Split(x, y)
     return Files(dataset, workers)
 
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import fastprune
+from fastprune.dynamic import DynamicPruner
 from fastprune.masks import Masks
-from fastprune.pruners.targets import prunable
 from fastprune.training.data import Batch
 from fastprune.training.errors import RunError
 from fastprune.training.rates import Rates
@@ -225,7 +224,6 @@ def available(name: str) -> bool:
 
 def _fixed(model: nn.Module, masks: Masks, group: Any) -> Any:
     """A pruner whose masks never change."""
-    from fastprune.dynamic import DynamicPruner
 
     class FixedMasks(DynamicPruner):
         name = "fixed"
@@ -240,15 +238,6 @@ def _fixed(model: nn.Module, masks: Masks, group: Any) -> Any:
             return self.current
 
     return FixedMasks(model, include=list(masks), group=group)
-
-
-def weights_in_use(model: nn.Module, masks: Masks | None) -> tuple[list[Tensor], list[Tensor]]:
-    """The prunable weights, and which of their entries are kept; for statistics."""
-    if masks is None:
-        masks = Masks.ones(model)
-    named = dict(model.named_parameters())
-    with torch.no_grad():
-        return [named[n].detach() for n in masks], [masks[n] for n in masks]
 
 
 def refuse_unused(settings: Settings) -> None:
@@ -274,6 +263,3 @@ def refuse_unused(settings: Settings) -> None:
             raise RunError(f"--{name.replace('_', '-')}: {s.method} does not use it")
     if s.sparsity is None and uses["sparsity"] and s.method not in ITERATIVE:
         raise RunError(f"--sparsity: {s.method} needs it, such as --sparsity 0.9")
-
-
-__all__ = ["F", "Method", "Phase", "Task", "available", "method_of", "prunable", "refuse_unused"]

@@ -148,6 +148,14 @@ class World:
             raise lost(self, error) from error
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error, such as of the gradients' averages, is that of a collective."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        part in text for part in ("gloo", "nccl", "connection", "timed out", "socket")
+    )
+
+
 def lost(world: World, error: Exception) -> RunError:
     """What a failed collective means to the user."""
     return RunError(
