@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastprune demo``, ``train``, ``bench``, ``effective``, ``gpu-check``.
+"""The command line: ``python -m fastprune demo``, ``train``, ``bench``, ``effective``, ...
 
 Each subcommand is a module of this package with ``SUMMARY``, ``add_arguments(parser)`` and
 ``run(args) -> int``; a new one is one more name in ``COMMANDS``.

@@ -71,7 +71,7 @@ def summary(console: Console, settings: Settings, outcome: Outcome) -> None:
             phase,
             f"{len(own)}",
             f"{100 * own[-1]['test_accuracy']:.2f} %",
-            f"{100 * own[-1]['train_accuracy']:.2f} %",
+            "" if (a := own[-1]["train_accuracy"]) is None else f"{100 * a:.2f} %",
             render.sparsity(own[-1]["sparsity"]),
             f"{own[-1]['kept']:,}",
             f"{own[-1]['macs']:,}",

@@ -1,8 +1,8 @@
 """Nested states (of a model, an optimizer, a schedule, a pruner) in safetensors files, and back.
 
 A state is any nesting of dicts, lists and tuples around tensors and plain values. The file is one
-safetensors file: the tensors, and in the header's metadata the nesting as JSON and a checksum over
-everything. No pickle: reading a file runs nothing.
+safetensors file: the tensors, the nesting as compressed JSON in one more, and in the header's
+metadata a checksum over everything. No pickle: reading a file runs nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,10 @@ VERSION = "1"
 KEPT = 2
 """Checkpoints that stay: should the disk damage the newest, the one before is there."""
 
-_KEYS = {"format", "version", "state", "sha256"}
+_KEYS = {"format", "version", "sha256"}
+# A tensor, not metadata: the format ends at 100 MB of header, which a long history can pass.
+_NESTING = "__state__"
+_DAMAGE = (safetensors.SafetensorError, zlib.error)
 _SEQUENCES: dict[str, Callable[[list[Any]], Any]] = {
     "list": list,
     "tuple": tuple,
@@ -87,12 +91,9 @@ def dumps(state: Any) -> bytes:
     """The bytes of the file that :func:`save` writes."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_Flattening(tensors).node(state, ()))
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "state": text,
-        "sha256": _checksum(text, tensors),
-    }
+    packed = bytearray(zlib.compress(text.encode(), 1))
+    tensors[_NESTING] = torch.frombuffer(packed, dtype=torch.uint8)
+    metadata = {"format": FORMAT, "version": VERSION, "sha256": _checksum(tensors)}
     content: bytes = safetensors.torch.save(tensors, metadata)
     return content
 
@@ -111,15 +112,16 @@ def loads(content: bytes) -> Any:
             )
         if metadata.keys() != _KEYS:
             raise ValueError(f"metadata holds {sorted(metadata)}, expected {sorted(_KEYS)}")
-        if _checksum(metadata["state"], tensors) != metadata["sha256"]:
+        if _checksum(tensors) != metadata["sha256"]:
             raise ValueError("the checksum does not match: the file is damaged")
-        return _nested(json.loads(metadata["state"]), tensors, set())
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        text = zlib.decompress(tensors.pop(_NESTING).numpy().tobytes())
+        return _nested(json.loads(text), tensors, set())
+    except (*_DAMAGE, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a readable state: {error}") from error
 
 
-def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256(f"{FORMAT}/{VERSION}/{len(text)}/".encode() + text.encode())
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256(f"{FORMAT}/{VERSION}/".encode())
     for name in sorted(tensors):
         t = tensors[name]
         sha.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
@@ -169,7 +171,7 @@ class _Flattening:
             return self.names[seen]
         name = base = "/".join(map(str, path)).encode(errors="replace").decode() or "state"
         number = 1
-        while name in self.tensors or name == "__metadata__":
+        while name in self.tensors or name in ("__metadata__", _NESTING):
             number += 1
             name = f"{base}#{number}"
         self.sources.append(t)
@@ -244,7 +246,7 @@ class Checkpoints:
         Raises:
             ValueError: there are checkpoints, and none can be read; the message says why.
         """
-        failures = []
+        failures: list[str] = []
         for path in self.paths():
             try:
                 return load(path), path, failures

@@ -71,9 +71,7 @@ class Files:
             yield x, torch.as_tensor(y)
 
 
-def load_split(
-    name: str, split: str, root: Path | None = None, workers: int = 0
-) -> Any:
+def load_split(name: str, split: str, root: Path | None = None, workers: int = 0) -> Any:
     """One split of a data set: a :class:`Split` if it fits in memory, else :class:`Files`.
 
     Args:

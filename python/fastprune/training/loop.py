@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -132,6 +133,8 @@ class Trainer:
         torch.manual_seed(drawn.initial_seed())
         with _diverging(self.method.phases[phase].name):
             self.optimizer = self.method.begin(phase, self.model, self._optimizer)
+        if self.method.update is not None:
+            self._note(self.method.update)
         self._ready()
         self.save(self)
 
@@ -158,6 +161,7 @@ class Trainer:
         place, phase = self.place, self.method.phases[self.place.phase]
         number = self.epochs_before + place.epoch
         rows = order(len(self.train), self.settings.batch, self.settings.seed, number)
+        rows = rows if phase.trains else []
         first = place.batch
         mine = [self.world.mine(r) for r in rows[first:]]
         began, spent = time.perf_counter(), self.epoch["seconds"]
@@ -218,18 +222,18 @@ class Trainer:
         if not self.world.same([*self.model.parameters(), *self._mask_tensors()]):
             raise RunError("the ranks came to different weights or masks")
         loss, right, samples = self.world.sum(self.sums).tolist()
-        if not loss - loss == 0:
+        if not math.isfinite(loss):
             raise RunError(
                 f"{phase.name}, epoch {place.epoch + 1}: training has diverged, the loss is "
-                f"{loss / samples}: try a lower --lr with --restart"
+                f"{loss}: try a lower --lr with --restart"
             )
         self.progress.now(f"{phase.name}, epoch {place.epoch + 1} of {phase.epochs}: testing")
         entry: dict[str, Any] = {
             "epoch": number + 1,
             "phase": phase.name,
             "step": place.step,
-            "loss": loss / samples,
-            "train_accuracy": right / samples,
+            "loss": loss / samples if samples else None,
+            "train_accuracy": right / samples if samples else None,
             "test_accuracy": self._accuracy(),
             **epoch_measures(self.model, self.method.masks, self.info.in_shape),
             "flips": self.epoch["flips"],
@@ -243,8 +247,9 @@ class Trainer:
         self.sums.zero_()
         self.epoch = _no_updates()
         place.epoch, place.batch = place.epoch + 1, 0
+        shown = f"loss {entry['loss']:.4f}, " if samples else ""
         self.progress.done(
-            f"{phase.name}, epoch {place.epoch} of {phase.epochs}: loss {entry['loss']:.4f}, "
+            f"{phase.name}, epoch {place.epoch} of {phase.epochs}: {shown}"
             f"test accuracy {100 * entry['test_accuracy']:.2f} %, sparsity "
             f"{100 * entry['sparsity']:.6g} %"
         )

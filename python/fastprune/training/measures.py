@@ -14,7 +14,9 @@ from fastprune.ops import gini_index, pq_index
 
 
 @torch.no_grad()
-def epoch_measures(model: nn.Module, masks: Masks | None, in_shape: Sequence[int]) -> dict[str, Any]:
+def epoch_measures(
+    model: nn.Module, masks: Masks | None, in_shape: Sequence[int]
+) -> dict[str, Any]:
     """Sparsity of the prunable weights, PQ (p = 0.5, q = 1) and Gini index of the kept ones, MACs.
 
     MACs are those of one sample, under the masks.

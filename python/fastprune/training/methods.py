@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,11 +22,15 @@ from fastprune.training.settings import DYNAMIC, ITERATIVE, Settings
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run with an optimizer and a learning-rate schedule of its own."""
+    """A part of a run with an optimizer and a learning-rate schedule of its own.
+
+    ``trains``: False for one that only tests the network.
+    """
 
     name: str
     epochs: int
     lr: float
+    trains: bool = True
 
 
 @dataclass
@@ -68,6 +71,7 @@ class Method:
         if s.finetune_epochs:
             self.phases.append(Phase("fine-tuning", s.finetune_epochs, s.finetune_lr))
         self.pruner: Any = None
+        self.update: Any = None  # what the beginning of the phase changed, like a MaskUpdate
 
     def begin(self, phase: int, model: nn.Module, optimizer: Callable[[], Optimizer]) -> Optimizer:
         """Set ``model`` up for a phase, and make the optimizer that trains it."""
@@ -111,7 +115,7 @@ class Method:
         always = {"dense": 1.0, "sparse": (0.0,) * 3, "chained": ()}
         names = [n for n, m in model.named_modules() if isinstance(m, fastprune.nn.MaskedLayer)]
         times = never if kernels == "dense" else always
-        self.pruner.kernels.load_state_dict({n: times for n in names})
+        self.pruner.kernels.load_state_dict(dict.fromkeys(names, times))
         self.pruner.kernels.choose()
 
 
@@ -249,7 +253,7 @@ def refuse_unused(settings: Settings) -> None:
     s = settings
     pruner = s.method not in (*DYNAMIC, *ITERATIVE, "dense")
     uses: dict[str, bool] = {
-        "sparsity": s.method != "dense" and s.method != "sap",
+        "sparsity": s.method not in ("dense", "sap"),
         "quota": pruner,
         "score_batches": pruner,
         "rounds": s.method in ITERATIVE,

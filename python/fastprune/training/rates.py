@@ -44,9 +44,9 @@ class Rates:
                 factor = float(found[2])
             except ValueError:
                 decays, factor = (), 0.0
-            if decays and list(decays) == sorted(set(decays)) and factor > 0:
-                if 0 < decays[0] and decays[-1] < 1:
-                    return cls("step", decays, factor)
+            rising = list(decays) == sorted(set(decays))
+            if decays and rising and factor > 0 and decays[0] > 0 and decays[-1] < 1:
+                return cls("step", decays, factor)
         raise ValueError(
             f"{text!r} is none of step:0.5,0.75x0.1 (rising fractions of training, and the factor "
             "at each), cosine, onecycle, constant"

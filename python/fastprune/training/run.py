@@ -104,8 +104,10 @@ class Run:
         differ = [k for k in {**own, **stored} if stored.get(k) != own.get(k)]
         if differ:
             shown = ", ".join(f"{k} {stored.get(k)!r}, not {own.get(k)!r}" for k in differ)
-            raise RunError(f"{self.folder} holds a run of other settings: {shown}: take another "
-                           "--out, or --restart to remove that run")
+            raise RunError(
+                f"{self.folder} holds a run of other settings: {shown}: take another "
+                "--out, or --restart to remove that run"
+            )
         for prefix in (CONFIG, LOG, MASKS, MODEL, CURVES):
             remove_temporaries(self.folder, prefix)
         self.checkpoints.clean()
@@ -120,7 +122,9 @@ class Run:
         if state is None:
             return b""
         if state.get("settings") != self.settings.to_dict():
-            raise RunError(f"{self.folder}: the checkpoint is of another run: --restart begins anew")
+            raise RunError(
+                f"{self.folder}: the checkpoint is of another run: --restart begins anew"
+            )
         return checkpoint.dumps(state)
 
     def clear(self) -> None:
@@ -198,6 +202,8 @@ def execute(
         for failure in run.failures:
             say(f"damaged checkpoint, going on from the one before: {failure}")
         trainer = make(interrupts, progress, save)
+        if state is not None:
+            say(_found(state, len(trainer.method.phases)))
         log = Log(run.folder / LOG if world.first else None, state["log"] if state else ())
         try:
             trainer.run(log, state)
@@ -213,6 +219,13 @@ def execute(
             raise RunStopped(f"what was stored last is in {run.folder}: {AGAIN}") from None
         files = _results(run, trainer) if world.first else []
     return Outcome(trainer.log.entries, trainer.model, trainer.method, files, state is not None)
+
+
+def _found(state: dict[str, Any], phases: int) -> str:
+    place = state["place"]
+    if place["phase"] == phases:
+        return "the run is finished: writing its results again"
+    return f"going on after step {place['step']}"
 
 
 def _write(run: Run, step: int, state: Any) -> Path:
@@ -234,8 +247,9 @@ def _results(run: Run, trainer: Trainer) -> list[Path]:
         files.append(run.folder / MASKS)
     state = finalize(trainer.model).state_dict()
     # Clones: shared tensors are stored under each of their names.
-    plain = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format)
-             for n, t in state.items()}
+    plain = {
+        n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in state.items()
+    }
     write_atomically(run.folder / MODEL, safetensors.torch.save(plain))
     files.append(run.folder / MODEL)
     if curves(trainer.log.entries, run.settings, run.folder / CURVES):

@@ -118,5 +118,5 @@ ONE_SHOT_BATCHES = 4
 
 
 def finetune_epochs(method: str, epochs: int) -> int:
-    """A fifth of training for one-shot pruning (60 of 300 epochs: paper 001, Table 2), else none."""
+    """A fifth of training for one-shot pruning (60 of 300: paper 001, Table 2), else none."""
     return max(1, epochs // 5) if method == "one-shot" else 0
