@@ -1,0 +1,48 @@
+"""Ctrl-C that waits for the end of a training step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupts:
+    """SIGINT and SIGTERM: noted while deferred, KeyboardInterrupt otherwise.
+
+    A second signal is a KeyboardInterrupt at once. Outside the main thread, which alone receives
+    signals, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferring = False
+
+    @contextmanager
+    def watching(self) -> Iterator[Interrupts]:
+        """Handles both signals inside the block."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals only set ``requested`` inside the block."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested or not self._deferring:
+            raise KeyboardInterrupt
+        self.requested = True
