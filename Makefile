@@ -1,5 +1,5 @@
 # Every target works from a bare machine: python3 (3.10 or newer), make and a C++ compiler.
-#   make demo | test | bench | lint | clean
+#   make demo | test | bench | recipes-reduced | lint | clean
 # and, with a GPU, on a python3 that has torch and the build tools, without a network:
 #   make gpu-check
 
@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench gpu-check lint format build clean
+.PHONY: demo test bench recipes-reduced gpu-check lint format build clean
 
 demo: build
 	$(PY) -m fastprune demo
@@ -21,6 +21,14 @@ test: build
 
 bench: build
 	$(PY) -m bench
+
+# The papers' recipes on digits, every method once; a few minutes. All results from new trainings.
+RECIPES_OUT ?= out/recipes-reduced
+recipes-reduced: build
+	rm -rf $(RECIPES_OUT)
+	OMP_NUM_THREADS=1 $(PY) -m bench.recipes run dpf-table-1 dpf-table-2 dpf-table-6 sap-retrained \
+	  --reduced --seeds 1 --only case=resnet-20,fashion-mnist-mlp sparsity=0.4,0.9 \
+	  --parallel 2 --out $(RECIPES_OUT)
 
 # Nine minutes in all, in a folder of its own: see python -m fastprune gpu-check --help.
 GPU_OUT ?= out/gpu-check

@@ -1,4 +1,4 @@
-"""The papers' tables and figures as recipes: ``python -m bench.recipes list | show | run | report``.
+"""The papers' tables and figures as recipes; see ``python -m bench.recipes --help``.
 
 ``tables/NAME.toml`` holds a protocol and the paper's numbers. ``recipe`` reads and checks it,
 ``jobs`` turns it into trainings, ``running`` runs those through ``python -m fastprune train``,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 from bench.recipes.measures import MEASURES
@@ -93,7 +93,7 @@ def claim(order: Sequence[str], here: Mapping[str, Number]) -> dict[str, Any]:
         ``verdict``: "agrees", "within the deviations", "disagrees" or "not measured"; the pairs.
     """
     known = [m for m in order if m in here]
-    pairs = [(a, b, here[a].ahead_of(here[b])) for a, b in _neighbours(known)]
+    pairs = [(a, b, here[a].ahead_of(here[b])) for a, b in pairwise(known)]
     if len(known) < len(order) and not pairs:
         verdict = "not measured"
     elif any(v < 0 for _, _, v in pairs):
@@ -109,7 +109,3 @@ def claim(order: Sequence[str], here: Mapping[str, Number]) -> dict[str, Any]:
         "against": [[a, b] for a, b, v in pairs if v < 0],
         "within": [[a, b] for a, b, v in pairs if v == 0],
     }
-
-
-def _neighbours(items: Sequence[str]) -> Iterable[tuple[str, str]]:
-    return zip(items, items[1:], strict=False)

@@ -152,9 +152,8 @@ def _job(
         for name in ("epochs", "rounds"):
             own.pop(name, None)
         if "finetune-epochs" in own:
-            own["finetune-epochs"] = recipe.scaled(
-                {"full-epochs": case["full-epochs"]}, case, own["finetune-epochs"]
-            )
+            full = case["full-epochs"]
+            own["finetune-epochs"] = recipe.scaled(own["finetune-epochs"], full, case["epochs"])
     merged = {"finetune-epochs": 0, **case, **own}
     if kind not in ITERATIVE:
         merged.pop("rounds", None)

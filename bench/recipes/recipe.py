@@ -95,7 +95,8 @@ class Recipe:
         if "sparsities" not in case:
             small.pop("sparsities")
         if "finetune-epochs" in case:
-            small.setdefault("finetune-epochs", self.scaled(case, small, case["finetune-epochs"]))
+            tuning = self.scaled(case["finetune-epochs"], case["epochs"], small["epochs"])
+            small.setdefault("finetune-epochs", tuning)
         reduced = {**case, **small, "full-epochs": case["epochs"]}
         return {k: v for k, v in reduced.items() if k not in ("every", "augment")}
 
@@ -103,11 +104,9 @@ class Recipe:
         return any(m.get("method", k) in ITERATIVE for k, m in self.methods.items())
 
     @staticmethod
-    def scaled(case: Mapping[str, Any], small: Mapping[str, Any], epochs: int) -> int:
-        """Epochs of fine-tuning that are the same share of a shorter training."""
-        if epochs == 0:
-            return 0
-        return max(1, round(epochs * small["epochs"] / case.get("full-epochs", case["epochs"])))
+    def scaled(epochs: int, of: int, to: int) -> int:
+        """Epochs of fine-tuning that are the same share of ``to`` as of ``of``, at least one."""
+        return 0 if epochs == 0 else max(1, round(epochs * to / of))
 
     def label(self, method: str) -> str:
         """A method's name in tables."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.recipes import train
+from bench.recipes import launching, train
 from bench.recipes.jobs import Job
 
 STATUS = "job.json"
 RUN = "run"
 INTERRUPTED = 130
-LAST_WORDS = 2000
 
 # How a job can be: "done"; "failed"; "diverged" (the loss went to infinity); "unsupported" (this
 # version of fastprune cannot run it); "missing" (never begun, or interrupted).
@@ -62,18 +59,8 @@ def log_of(where: Where, name: str) -> list[dict[str, Any]]:
 
 
 def execute(argv: Sequence[str]) -> tuple[int, str]:
-    """Run a command: its exit status and its last words."""
-    done = subprocess.run(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-    )
-    return done.returncode, done.stderr[-LAST_WORDS:].strip()
+    """Run a training: its exit status and its last words."""
+    return launching.forked(argv) if launching.available() else launching.as_command(argv)
 
 
 def run_job(job: Job, where: Where, run: Callable[[Sequence[str]], tuple[int, str]]) -> str:
