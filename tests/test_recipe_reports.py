@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 
@@ -16,7 +18,10 @@ from bench.recipes.recipe import Recipe
 from bench.recipes.results import points
 from bench.recipes.schema import RecipeError
 
+import fastprune
 from recipe_cases import ALL_OPTIONS, Fake, entry, fake_document, load_tiny
+
+has_train = importlib.util.find_spec("fastprune.training") is not None
 
 
 @pytest.fixture
@@ -62,6 +67,33 @@ def test_command_line(tiny: Recipe) -> None:
     assert options["--data"] == "digits"
     assert options["--every"] == "2"
     assert options["--weight-decay"] == "0.0001"
+
+
+@pytest.mark.skipif(not has_train, reason="fastprune cannot train")
+@pytest.mark.parametrize("name", recipes.names())
+def test_train_takes_the_options_of_every_job(name: str) -> None:
+    command = importlib.import_module("fastprune.cli.train")
+    settings = importlib.import_module("fastprune.training.settings")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    known = train.known_options()
+    for reduced in (False, True):
+        recipe = recipes.load(name, reduced=reduced)
+        for job in jobs_of(expand(recipe), recipe):
+            if train.unsupported(job.settings, known) is not None:
+                continue
+            parser.parse_args(train.command(job.settings, Path("run"), data=Path("data"))[4:])
+            method = job.settings["method"]
+            if method in settings.DYNAMIC:
+                taken = inspect.signature(getattr(fastprune, settings.DYNAMIC[method])).parameters
+                for option in ("every", "schedule", "scope", "ramp-steps"):
+                    assert option not in job.settings or option.replace("-", "_") in taken
+
+
+def test_methods_are_those_of_train() -> None:
+    settings = pytest.importorskip("fastprune.training.settings")
+    assert set(train.DYNAMIC) == set(settings.DYNAMIC)
+    assert set(train.ITERATIVE) == set(settings.ITERATIVE)
 
 
 def test_masks_of_another_job() -> None:
