@@ -13,6 +13,7 @@ from fastprune import (  # noqa: E402
     data,
     distributed,
     effective,
+    iterative,
     metrics,
     models,
     nn,
@@ -29,6 +30,13 @@ from fastprune.effective import (  # noqa: E402
     effective_sparsity,
     path_norms,
     trim,
+)
+from fastprune.iterative import (  # noqa: E402
+    SAP,
+    IterativePruning,
+    LotteryTicket,
+    OneShotIterative,
+    sap_step,
 )
 from fastprune.masks import Masks  # noqa: E402
 from fastprune.metrics import (  # noqa: E402
@@ -52,7 +60,9 @@ from fastprune.ops import (  # noqa: E402
     masked_conv2d,
     masked_linear,
     pack,
+    pq_bound,
     pq_index,
+    pq_index_rows,
     tensor_statistics,
 )
 from fastprune.pruners import Pruner, prune, score  # noqa: E402
@@ -61,11 +71,15 @@ from fastprune.report import LayerReport, Report  # noqa: E402
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
+    "SAP",
+    "IterativePruning",
     "KeptScores",
     "LayerReport",
+    "LotteryTicket",
     "Macs",
     "MaskChanges",
     "Masks",
+    "OneShotIterative",
     "Pattern",
     "Pruner",
     "Report",
@@ -84,6 +98,7 @@ __all__ = [
     "gini_index",
     "global_topk_mask",
     "global_topk_sweep",
+    "iterative",
     "kept_scores",
     "macs",
     "mask_changes",
@@ -97,10 +112,13 @@ __all__ = [
     "ops",
     "pack",
     "path_norms",
+    "pq_bound",
     "pq_index",
+    "pq_index_rows",
     "prune",
     "quotas",
     "reference",
+    "sap_step",
     "score",
     "tensor_statistics",
     "timing",
