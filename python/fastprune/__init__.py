@@ -12,6 +12,7 @@ import fastprune.ops  # noqa: E402, F401  # first: the other packages meet in it
 from fastprune import (  # noqa: E402
     data,
     distributed,
+    dynamic,
     effective,
     iterative,
     metrics,
@@ -24,6 +25,7 @@ from fastprune import (  # noqa: E402
 )
 from fastprune.build import build_info  # noqa: E402
 from fastprune.convert import accelerate, finalize  # noqa: E402
+from fastprune.dynamic import DPF, Incremental, MaskUpdate, OneShot  # noqa: E402
 from fastprune.effective import (  # noqa: E402
     effective_compression,
     effective_masks,
@@ -71,14 +73,18 @@ from fastprune.report import LayerReport, Report  # noqa: E402
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
+    "DPF",
     "SAP",
+    "Incremental",
     "IterativePruning",
     "KeptScores",
     "LayerReport",
     "LotteryTicket",
     "Macs",
     "MaskChanges",
+    "MaskUpdate",
     "Masks",
+    "OneShot",
     "OneShotIterative",
     "Pattern",
     "Pruner",
@@ -90,6 +96,7 @@ __all__ = [
     "data",
     "direct_compression",
     "distributed",
+    "dynamic",
     "effective",
     "effective_compression",
     "effective_masks",

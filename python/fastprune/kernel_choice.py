@@ -19,7 +19,7 @@ from fastprune.ops.plan import BATCH_LAST
 from fastprune.report import LayerReport, Report, machine
 
 # A layer is swapped when it is at least this much faster: noise must not decide.
-_MARGIN = 1.03
+MARGIN = 1.03
 # Samples at a time of a whole model, worth a try: less to keep in cache between the layers.
 _CHUNKS = (16, 32)
 
@@ -45,7 +45,7 @@ def record_inputs(
     return seen
 
 
-def _step(layer: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
+def layer_step(layer: nn.Module, x: Tensor, training: bool) -> Callable[[], object]:
     """One inference pass, or one forward and backward pass, of a layer."""
     if not training:
 
@@ -135,8 +135,8 @@ def choose_kernel(
     enforcing = max(0.0, medians.pop("masked", 0.0) - medians["contiguous"])
     best = min(medians, key=lambda name: medians[name])
     row.dense_ms = medians[best]
-    masked.sparse = row.sparse_ms * _MARGIN < row.dense_ms + enforcing
-    masked.sparse_in_chain = min(chained, row.sparse_ms) * _MARGIN < row.dense_ms + enforcing
+    masked.sparse = row.sparse_ms * MARGIN < row.dense_ms + enforcing
+    masked.sparse_in_chain = min(chained, row.sparse_ms) * MARGIN < row.dense_ms + enforcing
     row.chosen = "sparse" if masked.sparse else "dense"
     if not masked.sparse:
         row.reason = f"dense ({best}) is faster"
@@ -148,12 +148,12 @@ def _time_layer(
 ) -> dict[str, float]:
     """Median milliseconds of each way to run a layer."""
     candidates = {
-        "sparse": _step(copy.deepcopy(masked).train(training), x, training),
-        "contiguous": _step(copy.deepcopy(dense).train(training), x.contiguous(), training),
+        "sparse": layer_step(copy.deepcopy(masked).train(training), x, training),
+        "contiguous": layer_step(copy.deepcopy(dense).train(training), x.contiguous(), training),
     }
     if x.dim() == 4:
         last = torch.channels_last
-        candidates["channels_last"] = _step(
+        candidates["channels_last"] = layer_step(
             copy.deepcopy(dense).train(training).to(memory_format=last),  # type: ignore[call-overload]
             x.contiguous(memory_format=last),
             training,
@@ -161,11 +161,11 @@ def _time_layer(
         if x.shape[0] > 1 and x.device.type == "cpu":  # a chain that keeps the batch innermost
             chained = copy.deepcopy(masked).train(training)
             chained._layout = BATCH_LAST
-            candidates["chained"] = _step(chained, layout.batch_last(x), training)
+            candidates["chained"] = layer_step(chained, layout.batch_last(x), training)
     if training:  # what a layer that stays dense pays for its mask
         kept = copy.deepcopy(masked).train()
         kept.sparse = False
-        candidates["masked"] = _step(kept, x.contiguous(), training)
+        candidates["masked"] = layer_step(kept, x.contiguous(), training)
     times = timing.measure(candidates, min_time=min_time, synchronize=waiting_for([x]))
     return {name: 1e3 * t.median for name, t in times.items()}
 

@@ -72,8 +72,18 @@ def kept_counts(
     d = density if density is not None else (k / n if n else 1.0)
     if not 0.0 <= d <= 1.0:
         raise ValueError(f"density: expected a number in [0, 1], got {d}")
-    counts = [max(k, _count(schedule, n, d, t, steps)) for t in range(1, steps)]
-    return [*counts, k]
+    return [count_at(schedule, n, k, d, t, steps) for t in range(1, steps + 1)]
+
+
+def count_at(schedule: str, n: int, k: int, density: float, t: int, steps: int) -> int:
+    """Kept count at step t of a named schedule of :func:`kept_counts`, or of ``constant``.
+
+    At t = 0 everything is kept, from t = ``steps`` on exactly ``k``; ``constant`` keeps ``k``
+    throughout.
+    """
+    if schedule == "constant" or t >= steps:
+        return k
+    return n if t == 0 else max(k, _count(schedule, n, density, t, steps))
 
 
 def _count(schedule: str, n: int, d: float, t: int, steps: int) -> int:

@@ -114,18 +114,20 @@ def macs(model: nn.Module, example_input: Any, masks: Mapping[str, Tensor] | Non
     return Macs(tuple(rows))
 
 
+def places(layer: Any, x: Tensor, output: Tensor) -> int:
+    """How often a linear or convolution layer multiplies by each of its weights in one call."""
+    if isinstance(layer, TRANSPOSED):
+        return x.numel() // max(int(layer.in_channels), 1)
+    features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return output.numel() // max(int(features), 1)
+
+
 def _uses(model: nn.Module, layers: Mapping[str, Any], example_input: Any) -> dict[str, int]:
     """How often each layer multiplies by each of its weights in one call of the model."""
     uses: dict[str, int] = {}
 
     def count(name: str, module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if isinstance(module, (nn.Linear, MaskedLinear)):
-            places = output.numel() // max(module.out_features, 1)
-        elif isinstance(module, TRANSPOSED):
-            places = inputs[0].numel() // max(module.in_channels, 1)
-        else:
-            places = output.numel() // max(module.out_channels, 1)
-        uses[name] = uses.get(name, 0) + places
+        uses[name] = uses.get(name, 0) + places(module, inputs[0], output)
 
     args, kwargs = call_arguments(example_input)
     handles = [layer.register_forward_hook(partial(count, name)) for name, layer in layers.items()]

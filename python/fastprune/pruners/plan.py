@@ -65,7 +65,7 @@ def plan_counts(
             )
         return [*_quota_counts(shapes, sparsity, quota, on_invalid, schedule, steps, monotone)]
     density = None if sparsity is None else 1.0 - sparsity
-    sizes = _units(shapes.values(), scope)
+    sizes = units(shapes.values(), scope)
     single = scope in ("global", "filter")
     columns: list[Any] = [schedule] * len(sizes)
     if not single and not isinstance(schedule, str):
@@ -86,7 +86,7 @@ def plan_counts(
     return [list(counts) for counts in zip(*plans, strict=True)]
 
 
-def _units(shapes: Iterable[torch.Size], scope: Scope) -> list[int]:
+def units(shapes: Iterable[torch.Size], scope: Scope) -> list[int]:
     """Numbers of units that compete: of the whole, or of each layer (of a row of each layer)."""
     if scope == "global":
         return [sum(s.numel() for s in shapes)]

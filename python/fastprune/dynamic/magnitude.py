@@ -1,0 +1,314 @@
+"""Methods that rank weights by magnitude on a schedule: DPF, gradual pruning, one-shot pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.checks import fraction, whole
+from fastprune.dynamic.base import DynamicPruner
+from fastprune.ops.global_topk_mask import Scope, global_topk_mask
+from fastprune.ops.topk_checks import kept_count
+from fastprune.pruners.plan import SCOPES, units
+from fastprune.pruners.targets import Selection, prunable, refuse_transposed
+from fastprune.schedules import SCHEDULES, count_at
+
+SparsitySchedule: TypeAlias = (
+    Literal["cubic", "constant", "linear", "exponential"] | Callable[[int], float]
+)
+
+
+class ScheduledPruner(DynamicPruner):
+    """Keep the largest magnitudes, as many as a schedule says; the base of the methods below.
+
+    ``nested``: a pruned weight never returns.
+    """
+
+    nested: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float,
+        *,
+        every: int,
+        schedule: SparsitySchedule,
+        ramp_steps: int,
+        scope: Scope,
+        **more: Any,
+    ) -> None:
+        self.sparsity = fraction(sparsity, "sparsity")
+        self.every = whole(every, "every", 1, None)
+        self.ramp_steps = whole(ramp_steps, "ramp_steps", 0, None)
+        names = (*SCHEDULES, "constant")
+        if not callable(schedule) and schedule not in names:
+            raise ValueError(
+                f"schedule: expected one of {', '.join(names)} or a function of the step, got "
+                f"{schedule!r}"
+            )
+        if scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+        self.schedule = schedule
+        self.scope: Scope = scope
+        super().__init__(model, **more)
+
+    @classmethod
+    def prunable(
+        cls, model: nn.Module, include: Selection, exclude: Selection
+    ) -> dict[str, nn.Parameter]:
+        """All linear and convolution weights but that of the last linear layer (paper 001, 5.1)."""
+        weights = prunable(model, include, exclude)
+        if include is None:
+            linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+            last = next((w for w in reversed(linear)), None)
+            weights = {n: w for n, w in weights.items() if w is not last}
+            if not weights:
+                raise ValueError(
+                    "the model has no prunable weights but those of its last linear layer, which "
+                    "stays dense: name it in include to prune it"
+                )
+        return weights
+
+    def counts(self, step: int) -> int | list[int]:
+        """Kept counts after ``step`` training steps, as ``scope`` counts them.
+
+        The last counts are floor((1 - sparsity) n + 0.5); see
+        :func:`fastprune.schedules.kept_counts` for those before.
+        """
+        density = 1.0 - self.sparsity
+        counts = []
+        for n in units((w.shape for w in self._weights.values()), self.scope):
+            k = kept_count(density, n)
+            if not callable(self.schedule):
+                counts.append(count_at(self.schedule, n, k, density, step, self.ramp_steps))
+            elif step >= self.ramp_steps:
+                counts.append(k)
+            else:
+                now = fraction(self.schedule(step), f"schedule({step})")
+                counts.append(kept_count(1.0 - now, n))
+        return counts[0] if self.scope in ("global", "filter") else counts
+
+    def select(self, count: int | list[int]) -> dict[str, Tensor]:
+        """The masks of the largest magnitudes."""
+        names = list(self._weights)
+        within = None
+        if self.nested and self._masks is not None:
+            within = [self._masks[n] for n in names]
+        masks = global_topk_mask(
+            [w.detach() for w in self._weights.values()],
+            k=count,
+            scope=self.scope,
+            score="magnitude",
+            within=within,
+            names=names,
+        )
+        return dict(zip(names, masks, strict=True))
+
+    def initial_masks(self) -> dict[str, Tensor]:
+        """The masks of step 0."""
+        refuse_transposed(self.model, self._weights, self.scope)
+        return self.select(self.counts(0))
+
+    def is_due(self, step: int) -> bool:
+        """Every ``every`` steps."""
+        return step % self.every == 0
+
+    def new_masks(self, step: int) -> dict[str, Tensor]:
+        """The largest magnitudes of the weights as they are stored."""
+        return self.select(self.counts(step))
+
+    def final_masks(self) -> dict[str, Tensor]:
+        """The masks as they are, if they are as sparse as was asked for; else refreshed."""
+        count = self.counts(max(self.ramp_steps, self.steps))
+        kept = sum(int(m.sum()) for m in self.current.values())
+        return self.current if kept == self._kept(count) else self.select(count)
+
+    def _kept(self, count: int | list[int]) -> int | None:
+        """Weights that counts keep in all; None where rows of unequal length decide."""
+        if isinstance(count, int):
+            return count if self.scope == "global" else None
+        if self.scope == "layer":
+            return sum(count)
+        return sum(k * w.shape[0] for k, w in zip(count, self._weights.values(), strict=True))
+
+
+class DPF(ScheduledPruner):
+    r"""Dynamic pruning with feedback: train dense weights through a mask that follows them.
+
+    The model computes with m . w and the gradient taken there, whole, updates the dense w, so that
+    a weight pruned too early can come back:
+
+    .. math:: w_{t+1} = w_t - \gamma_t g(m_t \odot w_t)
+
+    After t training steps (t = 0 is the construction) the masks are refreshed if ``every`` divides
+    t: the k_t largest abs(w) of the dense weights are kept, equal ones by the earlier index,
+    parameters in ``named_parameters()`` order. Between refreshes the mask stays and the weights
+    move. ``model.parameters()`` are the dense weights throughout, and ``state_dict()`` saves them;
+    :meth:`finish` sets the pruned ones to zero.
+
+    Args:
+        model: changed in place; see :class:`fastprune.dynamic.DynamicPruner`. The last linear
+            layer, biases and normalization stay dense.
+        sparsity: final fraction to prune of the prunable weights, in [0, 1]: exactly
+            k = floor((1 - sparsity) N + 0.5) are kept then.
+        total_steps: training steps in all. More may follow: the masks go on changing.
+        every: steps between refreshes.
+        schedule: how the sparsity rises over ``ramp_steps``: ``"cubic"`` s_t = s (1 - (1 - t/R)^3)
+            from 0 (Zhu & Gupta 2017), ``"linear"``, ``"exponential"``
+            (:func:`fastprune.schedules.kept_counts`), ``"constant"``, or a function from t to
+            the sparsity.
+        ramp_steps: R above; None: ``total_steps``. The paper ramps up to the second decay of the
+            learning rate, 60 or 75 % of training, and trains on at the final sparsity.
+        scope: ``"global"``; ``"layer"`` or ``"neuron"``: the same sparsity in every layer or row;
+            ``"filter"``: whole filters, by the l2 norm of their weights, across layers.
+        include, exclude: which weights are prunable; :func:`fastprune.pruners.prunable`.
+            ``include`` overrides that the last linear layer stays dense.
+        example_input: times the kernels at once (:meth:`measure_kernels`).
+        group: a ``torch.distributed`` group whose ranks train the same model: after every refresh
+            the masks are compared, and differing ones are an error.
+    Raises:
+        ValueError: an argument is out of range; no weights are prunable; a weight is NaN; a
+            prunable weight is of a layer other than ``nn.Linear`` and ``nn.Conv2d``.
+
+    Cost: forward and input gradient on the packed pattern, the weight gradient dense; a refresh is
+    one selection (:func:`fastprune.global_topk_mask`), a packing of the changed masks, and reads
+    of the weights for the pruning error. Memory: one byte per weight for the mask and two copies
+    of the packed pattern.
+    Paper: Lin et al. 2020, *Dynamic Model Pruning with Feedback*, Algorithm 1.
+    """
+
+    name = "dpf"
+    weight_grad = "dense"
+    nested = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float,
+        total_steps: int,
+        every: int = 16,
+        schedule: SparsitySchedule = "cubic",
+        *,
+        ramp_steps: int | None = None,
+        scope: Scope = "global",
+        include: Selection = None,
+        exclude: Selection = None,
+        example_input: Any = None,
+        group: Any = None,
+    ) -> None:
+        self.total_steps = whole(total_steps, "total_steps", 1, None)
+        super().__init__(
+            model,
+            sparsity,
+            every=every,
+            schedule=schedule,
+            ramp_steps=self.total_steps if ramp_steps is None else ramp_steps,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            example_input=example_input,
+            group=group,
+        )
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        """Copies of the dense weights w; before :meth:`finish` the parameters themselves hold them.
+
+        Shapes and dtypes of the parameters.
+        """
+        return {n: w.detach().clone() for n, w in self._weights.items()}
+
+
+class Incremental(ScheduledPruner):
+    """Gradual magnitude pruning: the mask only loses weights, and what it loses stays lost.
+
+    As :class:`DPF`, but gradients reach kept weights only, and a refresh chooses among those.
+
+    Args:
+        every: steps between refreshes; paper 001 takes one epoch, Zhu & Gupta 100 to 1000 steps.
+        others: as in :class:`DPF`.
+    Papers: Zhu & Gupta 2017, *To prune, or not to prune*; the baseline "Incremental" of Lin et al.
+    2020, appendix A.2, which prunes across layers as DPF does.
+    """
+
+    name = "incremental"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float,
+        total_steps: int,
+        every: int = 100,
+        schedule: SparsitySchedule = "cubic",
+        *,
+        ramp_steps: int | None = None,
+        scope: Scope = "global",
+        include: Selection = None,
+        exclude: Selection = None,
+        example_input: Any = None,
+        group: Any = None,
+    ) -> None:
+        self.total_steps = whole(total_steps, "total_steps", 1, None)
+        super().__init__(
+            model,
+            sparsity,
+            every=every,
+            schedule=schedule,
+            ramp_steps=self.total_steps if ramp_steps is None else ramp_steps,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            example_input=example_input,
+            group=group,
+        )
+
+
+class OneShot(ScheduledPruner):
+    """Train dense, prune the smallest magnitudes once, go on with the fixed mask (fine-tuning).
+
+    Args:
+        prune_at: training steps before the pruning.
+        others: as in :class:`DPF`.
+    Paper: Han et al. 2015, *Learning both Weights and Connections*; the baseline "One-shot P+FT"
+    of Lin et al. 2020.
+    """
+
+    name = "one-shot"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float,
+        prune_at: int,
+        *,
+        scope: Scope = "global",
+        include: Selection = None,
+        exclude: Selection = None,
+        example_input: Any = None,
+        group: Any = None,
+    ) -> None:
+        self.prune_at = whole(prune_at, "prune_at", 0, None)
+        super().__init__(
+            model,
+            sparsity,
+            every=1,
+            schedule=lambda step: 0.0,
+            ramp_steps=self.prune_at,
+            scope=scope,
+            include=include,
+            exclude=exclude,
+            example_input=example_input,
+            group=group,
+        )
+
+    def is_due(self, step: int) -> bool:
+        """Once."""
+        return step == self.prune_at
+
+
+def magnitudes(tensors: list[Tensor], counts: list[int], within: list[Tensor]) -> list[Tensor]:
+    """The largest magnitudes of each tensor apart."""
+    with torch.no_grad():
+        return global_topk_mask(tensors, k=counts, scope="layer", score="magnitude", within=within)
