@@ -9,20 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastprune.iterative.layers import Layers, first_masks
 from fastprune.iterative.rounds import Round, round_of
 from fastprune.iterative.snapshot import check_fits, restore_, snapshot
 from fastprune.iterative.units import UnitScope, check_scope
 from fastprune.masks import Masks, readable
 from fastprune.masks_model import match
-from fastprune.nn import MaskedLayer
 from fastprune.ops.pq_bound import pq_of
 from fastprune.pruners.arguments import weights_of
 from fastprune.pruners.base import warn_of_empty_layers
 from fastprune.pruners.targets import Selection, refuse_transposed
-from fastprune.swapping import can_mask, mask_layers_, unmask_layers_
-
-# Above this density torch's dense product on the masked weight trains faster than sparse kernels.
-SPARSE_BELOW = 0.2
 
 
 class IterativePruning(ABC):
@@ -56,7 +52,8 @@ class IterativePruning(ABC):
         weights = weights_of(model, include, exclude)
         refuse_transposed(model, weights, scope)
         self.model = model
-        self._masks = _first_masks(model, weights)
+        self._masks = first_masks(model, weights)
+        self._layers = Layers(model)
         self.history: list[Round] = []
         self._finished = False
         # States by role: "init", and others as the method has them.
@@ -109,9 +106,11 @@ class IterativePruning(ABC):
 
         The layers of the pruned weights become masked layers in place (the same Parameter objects),
         so that training gives pruned weights no gradient and no effect; they are stored as zeros.
-        Parameters and buffers go back, bit for bit, to the remembered state; gradients are dropped.
-        A new optimizer, with a new learning-rate schedule, should train the next round; or give
-        ``optimizer`` here. Momentum of the last round would move the rewound weights.
+        Each runs the kernel, dense or sparse, that was faster for its sizes and density when it was
+        timed, once, at the first call. Parameters and buffers go back, bit for bit, to the
+        remembered state; gradients are dropped. A new optimizer, with a new learning-rate schedule,
+        should train the next round; or give ``optimizer`` here. Momentum of the last round would
+        move the rewound weights.
 
         Args:
             optimizer: its state (momenta, step counts) is cleared; its learning rates and parameter
@@ -125,7 +124,7 @@ class IterativePruning(ABC):
             UserWarning: a layer is left without a weight.
 
         Cost beside the selection: the indices of :attr:`history`, two PQ and two Gini indices of
-        all weights.
+        all weights; at the first call the timing, some 0.1 s for each kind of layer.
         """
         self._refuse_finished("prune")
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
@@ -139,7 +138,9 @@ class IterativePruning(ABC):
         before = {n: m.to(weights[n].device) for n, m in self._masks.items()}
         after = self._select(weights, before)
         record = round_of(self.round + 1, weights, before, after, self.p, self.q)
-        self._apply_(after)
+        self._layers.mask_(after)
+        restore_(self.model, self._target())
+        self._layers.clear_pruned_()
         self._masks = after
         self.history.append(record)
         if optimizer is not None:
@@ -156,23 +157,9 @@ class IterativePruning(ABC):
         Returns:
             The model.
         """
-        unmask_layers_(self.model)
+        self._layers.unmask_()
         self._finished = True
         return self.model
-
-    def _apply_(self, masks: Mapping[str, Tensor]) -> None:
-        """Masks into the layers, then the target state into the model."""
-        self._mask_(masks)
-        restore_(self.model, self._target())
-        for layer in self.model.modules():
-            if isinstance(layer, MaskedLayer):
-                layer.clear_pruned_()
-
-    def _mask_(self, masks: Mapping[str, Tensor]) -> None:
-        for name, layers in mask_layers_(self.model, masks).items():
-            mask = masks[name]
-            for layer in layers:
-                layer.sparse = int(mask.sum()) < SPARSE_BELOW * mask.numel()
 
     def _refuse_finished(self, call: str) -> None:
         if self._finished:
@@ -196,6 +183,7 @@ class IterativePruning(ABC):
             "masks": dict(self._masks),
             "states": {role: dict(state) for role, state in self._states.items()},
             "history": [r.as_dict() for r in self.history],
+            "kernels": self._layers.times(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -233,24 +221,5 @@ class IterativePruning(ABC):
             raise ValueError(f"{self._op}: state: the initial state is missing")
         history = [Round.from_dict(r) for r in state["history"]]
         if history:
-            self._mask_(own)
+            self._layers.mask_(own, state["kernels"])
         self._masks, self._states, self.history = own, states, history
-
-
-def _first_masks(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """All ones, or what masked layers have already; refuses layers that cannot be masked."""
-    masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in weights.items()}
-    names = {id(w): n for n, w in weights.items()}
-    for owner, layer in model.named_modules():
-        for parameter in layer._parameters.values():
-            name = names.get(id(parameter))
-            if name is None:
-                continue
-            if parameter is not layer._parameters.get("weight") or not can_mask(layer):
-                raise ValueError(
-                    f"{name}: no masked layer takes the place of {type(layer).__name__} "
-                    f"{owner or '(the model itself)'}: leave the weight out with exclude"
-                )
-            if isinstance(layer, MaskedLayer):
-                masks[name] &= layer.weight_mask
-    return masks
