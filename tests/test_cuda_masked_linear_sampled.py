@@ -124,6 +124,17 @@ def test_many_units_and_panels() -> None:
         check(planned(mask, grad, x), mask, grad, x, f"{seed} {multiprocessors}")
 
 
+def test_rows_for_many_warps() -> None:
+    """Places of units come from sums over warps and panels."""
+    g = torch.Generator().manual_seed(11)
+    mask = torch.rand(2100, 200, generator=g) < 0.1
+    x, grad = integers((3, 200), torch.float32, g), integers((3, 2100), torch.float32, g)
+    wanted = torch.where(mask, grad.t() @ x, 0)
+    for seed in range(5):
+        emulated.configure(seed, 132)
+        assert torch.equal(planned(mask, grad, x), wanted), seed
+
+
 def test_batches_of_several_chunks() -> None:
     emulated.configure(1, 1)
     g = torch.Generator().manual_seed(2)
@@ -245,9 +256,12 @@ def test_bad_patterns_are_reported_and_nothing_is_read_outside() -> None:
         return t
 
     row_ptr, offset = pattern.row_ptr, pattern.offset
+    again = torch.zeros_like(row_ptr)  # every other row has all entries: more than there are
+    again[1::2] = pattern.nnz
     for seed, (change, message) in enumerate(
         [
             ({"row_ptr": at(row_ptr, 0, 1)}, "row_ptr: expected increasing"),
+            ({"row_ptr": again}, "row_ptr: expected increasing"),
             ({"row_ptr": at(row_ptr, -1, pattern.nnz + 1)}, "row_ptr: expected increasing"),
             ({"row_ptr": at(row_ptr, 3, 2**62)}, "row_ptr: expected increasing"),
             ({"row_ptr": at(row_ptr, 3, -1)}, "row_ptr: expected increasing"),

@@ -104,6 +104,7 @@ __global__ void fill_kernel(BitMatrix bits, SampledShape s, SampledIndex index) 
       high = high >> 16 | static_cast<uint64_t>(column) << 48;
       if (++held < kSampledUnit) return;
       held = 0;
+      if (unit >= s.units) return;  // more bits than entries: bounds that overlap, reported before
       index.row[unit] = static_cast<int32_t>(row);
       index.columns[unit++] =
           make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32),
