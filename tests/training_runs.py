@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastprune.masks import Masks
 from fastprune.training.checkpoint import Checkpoints
 from fastprune.training.log import TIME_FIELDS
 
 TINY = ["--model", "lenet-300-100", "--batch", "256", "--kernels", "dense", "--threads", "1"]
-OVERHEAD = ["--checkpoint-every", "2"]
 
 
 def command(*words: str, out: Path) -> list[str]:
@@ -30,7 +30,16 @@ def command(*words: str, out: Path) -> list[str]:
 
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_imports"])
+    context.set_forkserver_preload(
+        [
+            "fastprune.cli.train",
+            "fastprune.training.rounds",
+            "matplotlib.backends.backend_agg",
+            "matplotlib.figure",
+            "sklearn.datasets",
+            "torch._dynamo",
+        ]
+    )
     return context
 
 
@@ -92,9 +101,13 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 def bits(out: Path) -> dict[str, Any]:
     """All that two runs with the same settings must have alike."""
-    names = ("model.safetensors", "masks.safetensors")
-    found = {n: (out / n).read_bytes() for n in names if (out / n).exists()}
-    return {**found, "log": lines(out)}
+    masks = out / "masks.safetensors"
+    return {
+        "model": (out / "model.safetensors").read_bytes(),
+        # Not the file's bytes: safetensors writes metadata in any order.
+        "masks": Masks.load(masks).digest() if masks.exists() else None,
+        "log": lines(out),
+    }
 
 
 def steps_stored(out: Path) -> list[int]:

@@ -151,6 +151,11 @@ def _train(args: argparse.Namespace, world: World) -> int:
     progress = train_report.Lines(world.first)
     task = Task(settings, steps, example, scoring, _prune, world.group, progress.say)
     method = method_of(task)
+    trial = create(settings)
+    with common.usage_errors((ValueError, TypeError, RuntimeError)):
+        method.check(
+            trial, lambda: torch.optim.SGD(trial.parameters(), lr=settings.lr, momentum=0.9)
+        )
 
     def make(interrupts: Interrupts, to: Progress, save: object) -> Trainer:
         every = args.checkpoint_every

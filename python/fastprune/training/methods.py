@@ -83,6 +83,13 @@ class Method:
         self.phase = phase
         return optimizer()
 
+    def check(self, model: nn.Module, optimizer: Callable[[], Optimizer]) -> None:
+        """Fail as the run would, before it leaves anything, where options are wrong.
+
+        Args:
+            model: to be thrown away.
+        """
+
     def step(self) -> Any:
         """After the optimizer's step: a ``MaskUpdate`` if the masks were refreshed, else None."""
         return None
@@ -152,7 +159,7 @@ class Dynamic(Method):
         self.phase = phase
         made = optimizer()
         if phase == 0:
-            self.pruner = self._make(model, made)
+            self.pruner = self._make(model, made, self.task.group)
             self.choose_kernels(model)
         return made
 
@@ -160,8 +167,12 @@ class Dynamic(Method):
         """See :class:`Method`."""
         self.phase = phase
         made = optimizer()
-        self.pruner = self._make(model, made)
+        self.pruner = self._make(model, made, self.task.group)
         return made
+
+    def check(self, model: nn.Module, optimizer: Callable[[], Optimizer]) -> None:
+        """See :class:`Method`."""
+        self._make(model, optimizer(), None)
 
     def step(self) -> Any:
         """See :class:`Method`."""
@@ -176,7 +187,7 @@ class Dynamic(Method):
             for w in caught:
                 self.task.say(f"warning: {w.message}")
 
-    def _make(self, model: nn.Module, optimizer: Optimizer) -> Any:
+    def _make(self, model: nn.Module, optimizer: Optimizer, group: Any) -> Any:
         s = self.task.settings
         kind = getattr(fastprune, DYNAMIC[s.method])
         total = s.epochs * self.task.steps_per_epoch
@@ -192,7 +203,7 @@ class Dynamic(Method):
             "prune_at": total,
             "steps_per_epoch": self.task.steps_per_epoch,
             "optimizer": optimizer,
-            "group": self.task.group,
+            "group": group,
         }
         taken = inspect.signature(kind).parameters
         if s.ramp_steps is None:

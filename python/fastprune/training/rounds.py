@@ -60,6 +60,10 @@ class Rounds(Method):
         self.pruner = self._make(model)
         return optimizer()
 
+    def check(self, model: nn.Module, optimizer: Callable[[], Optimizer]) -> None:
+        """See :class:`Method`."""
+        self._make(model)
+
     def _make(self, model: nn.Module) -> Any:
         s = self.task.settings
         kind = getattr(fastprune, ITERATIVE[s.method])

@@ -101,6 +101,9 @@ class Run:
             text = json.dumps(document | {"machine": self.machine}, indent=2) + "\n"
             write_atomically(self.folder / CONFIG, text.encode())
             return b""
+        if not self.checkpoints.paths():  # nothing was trained: nothing to lose
+            self.clear()
+            return self.open(False)
         differ = [k for k in {**own, **stored} if stored.get(k) != own.get(k)]
         if differ:
             shown = ", ".join(f"{k} {stored.get(k)!r}, not {own.get(k)!r}" for k in differ)
