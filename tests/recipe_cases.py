@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("tomllib")  # Python 3.11
-
-# bench is a folder of the source tree, not an installed package.
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from bench.recipes import recipe as recipes
 from bench.recipes import report, running, train
