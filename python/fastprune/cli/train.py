@@ -74,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--every", type=common.positive_int, help="during training: steps between mask refreshes")
     add("--ramp-steps", type=common.positive_int, help="steps until the target [second lr decay]")
     add("--rounds", type=common.positive_int, help=f"in rounds: prunings [{defaults.ROUNDS}]")
+    add("--p", type=common.positive_float, help="SAP: of the PQ index [0.5]")
+    add("--q", type=common.positive_float, help="SAP: of the PQ index, above p [1]")
+    add("--eta-r", type=_not_negative, help="SAP: larger prunes more [0]")
+    add("--gamma", type=_not_negative, help="SAP: factor on the share that goes [1]")
+    add("--beta", type=_fraction, help="SAP: the largest share that may go [0.9]")
     add(
         "--kernels",
         choices=("measured", "dense", "sparse"),
@@ -236,6 +241,11 @@ def _settings(args: argparse.Namespace, world: World) -> Settings:
         ramp_steps=args.ramp_steps,
         rounds=args.rounds or (defaults.ROUNDS if method in ITERATIVE else None),
         score_batches=args.score_batches,
+        p=args.p,
+        q=args.q,
+        eta_r=args.eta_r,
+        gamma=args.gamma,
+        beta=args.beta,
         kernels=args.kernels,
         optimizer=args.optimizer,
         lr=lr,

@@ -17,7 +17,7 @@ from fastprune.masks import Masks
 from fastprune.training.data import Batch
 from fastprune.training.errors import RunError
 from fastprune.training.rates import Rates
-from fastprune.training.settings import DYNAMIC, ITERATIVE, Settings
+from fastprune.training.settings import DYNAMIC, ITERATIVE, SAP_OPTIONS, Settings
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,7 @@ def refuse_unused(settings: Settings) -> None:
         "quota": pruner,
         "score_batches": pruner,
         "rounds": s.method in ITERATIVE,
+        **dict.fromkeys(SAP_OPTIONS, s.method == "sap"),
         "schedule": s.method in DYNAMIC,
         "every": s.method in DYNAMIC,
         "ramp_steps": s.method in DYNAMIC,

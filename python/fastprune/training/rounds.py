@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 import fastprune
 from fastprune.training.methods import Method, Phase, Task
-from fastprune.training.settings import ITERATIVE
+from fastprune.training.settings import ITERATIVE, SAP_OPTIONS
 
 SHARE = 0.2
 """Of what is left, pruned by each round where no sparsity is asked for (paper 004, Table 3)."""
@@ -68,7 +68,10 @@ class Rounds(Method):
         s = self.task.settings
         kind = getattr(fastprune, ITERATIVE[s.method])
         options: dict[str, Any] = {} if s.scope is None else {"scope": s.scope}
-        if s.method != "sap":
+        if s.method == "sap":
+            given = {n: getattr(s, n) for n in SAP_OPTIONS}
+            options |= {n: v for n, v in given.items() if v is not None}
+        else:
             share = SHARE if s.sparsity is None else 1 - (1 - s.sparsity) ** (1 / self.rounds)
             options["fraction"] = share
         return kind(model, **options)

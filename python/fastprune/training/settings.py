@@ -24,6 +24,9 @@ ITERATIVE = {
 }
 """Methods of several rounds of training: name -> class in ``fastprune``."""
 
+SAP_OPTIONS = ("p", "q", "eta_r", "gamma", "beta")
+"""Fields of :class:`Settings` that only SAP uses."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +38,7 @@ class Settings:
             ``ITERATIVE``; ``sparsity``: its target, None where it has none.
         quota, scope, schedule, every, ramp_steps, rounds, score_batches: options of methods; None
             where the method chooses, or does not use them.
+        p, q, eta_r, gamma, beta: of SAP; None where the method chooses, or for other methods.
         kernels: ``measured`` (dense or sparse, whichever was faster when timed), ``dense``,
             ``sparse``.
         optimizer, lr, momentum, weight_decay, batch, epochs, lr_schedule: of training; ``batch``
@@ -56,6 +60,11 @@ class Settings:
     ramp_steps: int | None
     rounds: int | None
     score_batches: int | None
+    p: float | None
+    q: float | None
+    eta_r: float | None
+    gamma: float | None
+    beta: float | None
     kernels: str
     optimizer: str
     lr: float
