@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kTargetBlocks = 264;  // two for each of 132 multiprocessors
 constexpr int64_t kLeastCols = 512;     // of a split
+constexpr int64_t kMostGroups = 32;     // of a split: a lane knows where each ends
 
 // Blocks: (kWarps bands) x (splits of the groups) x (8 NT activation rows). Writes partial sums,
 // [split][band row][activation row]; blocks of the first bands also look for what is not finite.
@@ -44,14 +45,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T* x_from = x + (batch_begin + x_row) * w.cols + first * kGroupCols + x_piece * kPerPiece;
   int x_left = static_cast<int>(w.cols - first * kGroupCols) - x_piece * kPerPiece;
   const int x_to = x_row * S::kPitch + x_piece * 16;
-  // Lane i holds the piece after group i, counted from the last multiple of 32 groups, in pieces
-  // from the split's first.
+  // Lane i holds the piece after group i, in pieces from the split's first.
   const int64_t* start = w.start + read_band * groups + first;
   const int64_t origin = start[0];
-  const auto load_ends = [&](int g) {
-    return static_cast<uint32_t>(start[g + lane < count ? g + lane + 1 : count] - origin);
-  };
-  uint32_t ends = load_ends(0);
+  const auto ends = static_cast<uint32_t>(start[lane < count ? lane + 1 : count] - origin);
   const char* heads_from =
       reinterpret_cast<const char*>(w.heads + (read_band * groups + first) * kHeadWords) +
       lane * 16;
@@ -92,7 +89,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     next = RingPlace{place.offset + room, place.passed + room};
     begin = after;
     ++issued;
-    if (issued % 32 == 0) ends = load_ends(issued);
     return true;
   };
   // Starts the copies that are wanted while group g is read, which `read` bytes came before.
@@ -295,14 +291,15 @@ TilesCut tiles_cut(const TilesView& view, int64_t batch) {
   cut.batch_blocks = (batch + 8 * cut.columns - 1) / (8 * cut.columns);
   // Splits cost a partial sum each; without them few rows leave most of a GPU idle, and the last
   // wave of blocks some of it.
-  const int64_t most = view.cols / kLeastCols;
+  const int64_t blocks_each = cut.row_blocks * cut.batch_blocks;
+  const int64_t least = (view.groups() + kMostGroups - 1) / kMostGroups;
   double best = -1e9;
-  cut.splits = 1;
-  for (int64_t s = 1; s <= most || s == 1; ++s) {
-    const int64_t blocks = cut.row_blocks * cut.batch_blocks * s;
-    const int64_t waves = (blocks + kTargetBlocks - 1) / kTargetBlocks;
-    const double use = static_cast<double>(blocks) / static_cast<double>(waves * kTargetBlocks);
-    const double worth = use - 0.02 * static_cast<double>(s);
+  cut.splits = least;
+  for (int64_t s = least; s <= view.cols / kLeastCols || s == least; ++s) {
+    const int64_t waves = (blocks_each * s + kTargetBlocks - 1) / kTargetBlocks;
+    const double use =
+        static_cast<double>(blocks_each * s) / static_cast<double>(waves * kTargetBlocks);
+    const double worth = use - 0.0003 * static_cast<double>(blocks_each * s);
     if (worth > best) {
       best = worth;
       cut.splits = s;

@@ -26,7 +26,7 @@ struct TilesView {
   int64_t rows, cols, word_elements;  // 2 of 16 bits, or 1 of float32
   const uint32_t* heads;  // bands() * groups() * kHeadWords: for group g of band b, bits of lane i
                           // for strip s at [(b * groups() + g) * kHeadWords + 2 * i + s]
-  const int64_t* start;  // bands() * groups() + 1: first pieces of the groups' values
+  const int64_t* start;   // bands() * groups() + 1: first pieces of the groups' values
   int64_t bands() const { return (rows + kBandRows - 1) / kBandRows; }
   int64_t group_cols() const { return kGroupWords * word_elements; }
   int64_t groups() const { return (cols + group_cols() - 1) / group_cols(); }
