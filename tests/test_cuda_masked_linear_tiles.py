@@ -1,6 +1,7 @@
 """The groups that tensor cores read, by emulation: their sizes, their edges, halves of words.
 
-A group is 32 rows by 128 columns of 16 bits or 64 of float32 (csrc/kernels/cuda/masked_linear_bitmap.h).
+A group is 32 rows by 128 columns of 16 bits or 64 of float32
+(csrc/kernels/cuda/masked_linear_bitmap.h).
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def check(mask: Tensor, dtype: torch.dtype, batch: int, what: str) -> None:
     x = guarded(integers((batch, mask.shape[1]), dtype, g))
     assert torch.equal(w.product(x, tf32=True), (x.double() @ kept.t()).to(dtype)), what
     grad = guarded(integers((batch, mask.shape[0]), dtype, g))
-    assert torch.equal(w.input_grad(grad, tf32=True), (grad.double() @ kept).to(dtype)), f"{what} dx"
+    dx = w.input_grad(grad, tf32=True)
+    assert torch.equal(dx, (grad.double() @ kept).to(dtype)), f"{what} dx"
 
 
 def by_groups(densities: list[list[float]], dtype: torch.dtype, cut: int = 0) -> Tensor:
