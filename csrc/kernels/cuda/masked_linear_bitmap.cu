@@ -7,7 +7,7 @@ namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 namespace {
 
 constexpr int64_t kTargetBlocks = 264;  // two for each of 132 multiprocessors
-constexpr int64_t kLeastCols = 512;     // of a split
+constexpr int64_t kLeastCols = 256;     // of a split
 constexpr int64_t kMostGroups = 32;     // of a split: a lane knows where each ends
 
 // Blocks: (kWarps bands) x (splits of the groups) x (8 NT activation rows). Writes partial sums,
@@ -15,7 +15,7 @@ constexpr int64_t kMostGroups = 32;     // of a split: a lane knows where each e
 template <typename T, int NT>
 __global__ void __launch_bounds__(kThreads, 2)
     product_kernel(TilesView w, int64_t bands, int64_t groups, const char* values, const T* x,
-                   int64_t batch, float* partial, uint32_t* flags) {
+                   int64_t batch, uint32_t ring_bytes, float* partial, uint32_t* flags) {
   using S = Stages<NT>;
   constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));
   constexpr int kGroupCols = kRowBytes / static_cast<int>(sizeof(T));
@@ -23,9 +23,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kAcross = kRowBytes / 16, kRowStep = kThreads / kAcross;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   char* xs = shared_memory<char>();
-  char* ring = xs + S::kXBytes + warp * static_cast<int>(S::kRing);
-  auto* places = reinterpret_cast<uint2*>(xs + S::kXBytes + S::kRingBytes) + warp * kPlaces;
-  auto* found = reinterpret_cast<uint32_t*>(xs + S::kXBytes + S::kRingBytes + S::kPlaceBytes);
+  auto* places = reinterpret_cast<uint2*>(xs + S::kXBytes) + warp * kPlaces;
+  auto* found = reinterpret_cast<uint32_t*>(xs + S::kXBytes + S::kPlaceBytes);
+  char* ring = xs + S::kFixedBytes + warp * static_cast<int>(ring_bytes);
   const int64_t band = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
   const int64_t read_band = band < bands ? band : bands - 1;  // one too many does as the last one
   const int64_t first = groups * blockIdx.y / gridDim.y;
@@ -66,8 +66,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const uint32_t bytes = (after - begin) * static_cast<uint32_t>(kPieceBytes);
     const uint32_t room = (bytes + kHeadBytes + kRoomBytes - 1) / kRoomBytes * kRoomBytes;
     RingPlace place = next;
-    if (place.offset + room > S::kRing) place = RingPlace{0, next.passed + S::kRing - next.offset};
-    if (place.passed + room - read > S::kRing) return false;
+    if (place.offset + room > ring_bytes)
+      place = RingPlace{0, next.passed + ring_bytes - next.offset};
+    if (place.passed + room - read > ring_bytes) return false;
     if (lane == 0) places[issued % kPlaces] = make_uint2(place.offset, place.passed);
     char* to = ring + place.offset + lane * 16;
     if (lane < kHeadBytes / 16) copy_async<16>(to, heads_from);
@@ -217,20 +218,22 @@ __global__ void finish_kernel(ExactRows e, Finish f, const float* partial, const
   const int64_t rows = e.transposed ? e.mask.cols : e.mask.rows;
   const int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x - lane;
   const int64_t row = base + lane, n0 = 4 * static_cast<int64_t>(blockIdx.y);
+  const int64_t read_row = row < rows ? row : 0;
   float sum[4] = {};
-  uint32_t flagged = 0;
-  for (int64_t s = 0; s < splits; ++s) {
-    for (int i = 0; i < 4; ++i) {
-      if (flags[s * width + n0 + i] != 0) flagged |= 1u << i;
-    }
-    if (row >= rows) continue;
+  uint4 any = make_uint4(0, 0, 0, 0);
+#pragma unroll 8
+  for (int64_t s = 0; s < splits; ++s) {  // loads of several splits are under way at once
+    const uint4 flag = *reinterpret_cast<const uint4*>(flags + s * width + n0);
     const float4 part =
-        *reinterpret_cast<const float4*>(partial + (s * padded_rows + row) * width + n0);
+        *reinterpret_cast<const float4*>(partial + (s * padded_rows + read_row) * width + n0);
+    any = make_uint4(any.x | flag.x, any.y | flag.y, any.z | flag.z, any.w | flag.w);
     sum[0] += part.x;
     sum[1] += part.y;
     sum[2] += part.z;
     sum[3] += part.w;
   }
+  const uint32_t flagged = (any.x != 0 ? 1u : 0u) | (any.y != 0 ? 2u : 0u) |
+                           (any.z != 0 ? 4u : 0u) | (any.w != 0 ? 8u : 0u);
   const T* residual = static_cast<const T*>(f.residual);
   for (int i = 0; i < 4 && n0 + i < e.batch; ++i) {
     if ((flagged >> i & 1u) != 0) {
@@ -249,13 +252,17 @@ __global__ void finish_kernel(ExactRows e, Finish f, const float* partial, const
 template <typename T, int NT>
 cudaError_t product(const TilesArgs& a, const TilesCut& cut, cudaStream_t stream) {
   const TilesView& w = a.weight;
-  cudaError_t error =
-      launch(product_kernel<T, NT>,
-             dim3(static_cast<unsigned>(cut.row_blocks), static_cast<unsigned>(cut.splits),
-                  static_cast<unsigned>(cut.batch_blocks)),
-             dim3(kThreads), static_cast<size_t>(Stages<NT>::kBytes), stream, w, w.bands(),
-             w.groups(), static_cast<const char*>(a.values), static_cast<const T*>(a.exact.x),
-             a.exact.batch, a.partial, a.flags);
+  DeviceLimits limits;
+  cudaError_t error = device_limits(&limits);
+  if (error != cudaSuccess) return error;
+  const int ring = Stages<NT>::ring_bytes(limits.shared_bytes);
+  error = launch(product_kernel<T, NT>,
+                 dim3(static_cast<unsigned>(cut.row_blocks), static_cast<unsigned>(cut.splits),
+                      static_cast<unsigned>(cut.batch_blocks)),
+                 dim3(kThreads), static_cast<size_t>(Stages<NT>::kFixedBytes + kWarps * ring),
+                 stream, w, w.bands(), w.groups(), static_cast<const char*>(a.values),
+                 static_cast<const T*>(a.exact.x), a.exact.batch, static_cast<uint32_t>(ring),
+                 a.partial, a.flags);
   if (error != cudaSuccess) return error;
   return launch(finish_kernel<T>,
                 dim3(static_cast<unsigned>((w.rows + kThreads - 1) / kThreads),
@@ -273,11 +280,11 @@ cudaError_t product_of(const TilesArgs& a, cudaStream_t stream) {
                             : product<T, 8>(a, cut, stream);
 }
 
-int64_t bytes_for(int columns) {
-  return columns == 1   ? Stages<1>::kBytes
-         : columns == 2 ? Stages<2>::kBytes
-         : columns == 4 ? Stages<4>::kBytes
-                        : Stages<8>::kBytes;
+int ring_for(int columns, int shared_bytes) {
+  return columns == 1   ? Stages<1>::ring_bytes(shared_bytes)
+         : columns == 2 ? Stages<2>::ring_bytes(shared_bytes)
+         : columns == 4 ? Stages<4>::ring_bytes(shared_bytes)
+                        : Stages<8>::ring_bytes(shared_bytes);
 }
 
 int columns_for(int64_t batch) { return batch <= 8 ? 1 : batch <= 16 ? 2 : batch <= 32 ? 4 : 8; }
@@ -314,7 +321,7 @@ TilesCut tiles_cut(const TilesView& view, int64_t batch) {
 
 bool tiles_fit(DType dtype, int64_t batch, const DeviceLimits& limits) {
   if (dtype == DType::f64 || batch > kTilesMaxBatch) return false;
-  return bytes_for(columns_for(batch)) <= limits.shared_bytes;
+  return ring_for(columns_for(batch), limits.shared_bytes) >= kLeastRing;
 }
 
 cudaError_t tiles_product(const TilesArgs& args, cudaStream_t stream) {

@@ -10,12 +10,15 @@ namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;         // one band per warp
 constexpr int kRowBytes = static_cast<int>(kGroupWords) * 4;  // of x in a group
+constexpr int kHeadBytes = static_cast<int>(kHeadWords) * 4;
 // What one of two blocks on a Hopper multiprocessor can have.
 constexpr int kHalfOfShared = 113 << 10;
 constexpr int kRoomBytes = 512;
+// A dense group, in whole rooms.
+constexpr int kLeastRing = (kHeadBytes + static_cast<int>(kBandRows) * kRowBytes + kRoomBytes - 1) /
+                           kRoomBytes * kRoomBytes;
 constexpr uint32_t kWarpBytes = 32 * 16;  // what a warp copies with one instruction
 constexpr int kPlaces = 4;
-constexpr int kHeadBytes = static_cast<int>(kHeadWords) * 4;
 
 // What a block keeps in shared memory: x in a ring of stages, each one group of columns; and for
 // every warp a ring of bytes, where heads and values of its groups lie one behind the other, for
@@ -32,11 +35,13 @@ struct Stages {
   static constexpr int kXBytes = kCount * kStageBytes;
   static constexpr int kPlaceBytes = kWarps * kPlaces * 8;
   static constexpr int kOtherBytes = kPlaceBytes + kBatch * 4;
-  static constexpr uint32_t kRing =
-      (kHalfOfShared - kXBytes - kOtherBytes) / kWarps / kRoomBytes * kRoomBytes;
-  static constexpr int kRingBytes = kWarps * static_cast<int>(kRing);
-  static constexpr int kBytes = kXBytes + kRingBytes + kOtherBytes;
-  static_assert(kRing >= kRoomBytes + kHeadBytes + kBandRows * kGroupWords * 4);
+  static constexpr int kFixedBytes = kXBytes + kOtherBytes;
+  // Of a warp's ring, where a block can have so much.
+  static int ring_bytes(int shared_bytes) {
+    const int most = shared_bytes < kHalfOfShared ? shared_bytes : kHalfOfShared;
+    return (most - kFixedBytes) / kWarps / kRoomBytes * kRoomBytes;
+  }
+  static_assert(kHalfOfShared - kFixedBytes >= kWarps * (kLeastRing + kRoomBytes));
 };
 
 // Where a group begins in its warp's ring, and how many bytes of the ring groups took before it,
