@@ -106,3 +106,24 @@ def test_halves_of_words(dtype: torch.dtype) -> None:
         check(mask, dtype, 5, f"{step} {first}")
         mask[::3] = ~mask[::3]
         check(mask, dtype, 5, f"{step} {first} and the others")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_is_found_in_every_row_and_column(dtype: torch.dtype) -> None:
+    cols = 2 * group_cols(dtype) + 16
+    for batch, bad in itertools.product(BATCHES, (torch.inf, -torch.inf, torch.nan)):
+        g = torch.Generator().manual_seed(batch)
+        mask = torch.rand(50, cols, generator=g) < 0.3
+        absent = torch.randint(cols, (batch,), generator=g)
+        mask[:, absent] = False
+        w = Weight(integers(mask.shape, dtype, g), mask)
+        x = integers((batch, cols), dtype, g)
+        clean = w.product(x, tf32=True)
+        x[torch.arange(batch), absent] = bad
+        assert torch.equal(w.product(x, tf32=True), clean), f"{batch} {bad}"
+        last = int(mask.any(0).nonzero().max())  # present in some rows
+        x[batch - 1, last] = bad
+        y, kept = w.product(x, tf32=True), mask[:, last] & (w.weight[:, last] != 0)
+        assert not y[-1, kept].isfinite().any(), f"{batch} {bad}"
+        assert torch.equal(y[-1, ~mask[:, last]], clean[-1, ~mask[:, last]]), f"{batch} {bad}"
+        assert torch.equal(y[:-1], clean[:-1]), f"{batch} {bad}"

@@ -69,8 +69,8 @@ __device__ __forceinline__ uint32_t not_finite_bits(uint32_t word) {
 
 // Four words of a step: those that bits `first` to first + 3 of the head keep are read one behind
 // the other from `at` on, which moves past them; the others are 0. By hand: the compiler copies a
-// pointer that moves under a condition once more for each word, a sixth of all instructions. (Not
-// volatile: what is read follows from the head that was read behind the same barrier.)
+// pointer that moves under a condition once more for each word. (Not volatile: what is read follows
+// from the head that was read behind the same barrier.)
 #if defined(__CUDACC__)
 __device__ __forceinline__ void kept_words(uint32_t (&a)[4], uint32_t& at, uint32_t head,
                                            int first) {
