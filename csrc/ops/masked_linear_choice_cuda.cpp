@@ -20,8 +20,8 @@ constexpr int64_t kAnyBatch = int64_t{1} << 62;
 // 4 d - 2 d^2 + 0.07 of tiles, but the activations that they gather for each entry cost them more
 // with the batch: equal at d = 0.2 for a batch of 8, while 16 rows take as long to stage as tiles
 // take for all of it. Tiles beat dense at most by 1.5 at d = 0.4 and by 1.3 at 0.5. From a batch of
-// 64 on shared memory, the matrix rate of fragments that warps load, and partial sums (about 4 us of
-// dense's 31 at 8192 x 8192) stand against dense.
+// 64 on shared memory, the matrix rate of fragments that warps load, and partial sums (about 4 us
+// of dense's 31 at 8192 x 8192) stand against dense.
 constexpr Rule kRules[] = {
     {Kind::half, 2, 0.45, CudaForm::deltas},
     {Kind::half, 4, 0.30, CudaForm::deltas},
