@@ -49,7 +49,7 @@ class FeedbackCompression:
 
     The weights are parametrized (:mod:`torch.nn.utils.parametrize`) until :meth:`finish`. The
     Parameters stay the same objects, so an optimizer made before or after serves; meanwhile their
-    names, and the keys of ``state_dict()``, are those of a parametrized model
+    names, their order and the keys of ``state_dict()`` are those of a parametrized model
     (``layer.parametrizations.weight.original``).
 
     Args:
@@ -99,6 +99,7 @@ class FeedbackCompression:
             for attribute, p in layer._parameters.items()
             if id(p) in chosen
         ]
+        self._orders = [(layer, list(layer._parameters)) for layer, _ in self._places]
         for layer, attribute in self._places:
             # The compressor has been seen to keep shape and dtype.
             parametrize.register_parametrization(
@@ -152,6 +153,9 @@ class FeedbackCompression:
                 w.copy_(new[name])
         for layer, attribute in self._places:
             parametrize.remove_parametrizations(layer, attribute, leave_parametrized=False)
+        for layer, order in self._orders:
+            for attribute in order:  # a parametrization has moved its weight behind the bias
+                layer._parameters[attribute] = layer._parameters.pop(attribute)
         self._finished = True
 
     def __repr__(self) -> str:
@@ -170,7 +174,7 @@ class _Compressed(nn.Module):
         self._compressor = (compressor,)
 
     def forward(self, weight: Tensor) -> Tensor:
-        result: Tensor = _StraightThrough.apply(weight, self._compressor[0])  # type: ignore[no-untyped-call]
+        result: Tensor = _StraightThrough.apply(weight, self._compressor[0])
         return result
 
 

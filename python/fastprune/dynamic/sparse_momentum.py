@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from fastprune.checks import fraction, whole
 from fastprune.dynamic.regrowth import RegrowingPruner, share_out
 from fastprune.dynamic.updates import MaskUpdate
+from fastprune.nn.masked import MaskedLayer
 from fastprune.ops.global_topk_mask import kept_scores
 from fastprune.pruners.plan import Quota
 from fastprune.pruners.targets import Selection
@@ -94,7 +96,12 @@ class SparseMomentum(RegrowingPruner):
             example_input=example_input,
             group=group,
         )
-        self._clear_absent()
+
+    def adopt_masks(self, masks: dict[str, Tensor]) -> dict[str, list[MaskedLayer]]:
+        """As all methods do, and zeros in the absent weights, which dense gradients would move."""
+        users = super().adopt_masks(masks)
+        self._clear_absent(masks)
+        return users
 
     def initial_masks(self) -> dict[str, Tensor]:
         """Random, once the optimizer is known to keep a momentum."""
@@ -112,7 +119,7 @@ class SparseMomentum(RegrowingPruner):
     def step(self) -> MaskUpdate | None:
         """See :meth:`DynamicPruner.step`; also stores zeros in the absent weights."""
         if not self._finished:
-            self._clear_absent()
+            self._clear_absent(self.current)
         return super().step()
 
     def new_masks(self, step: int) -> dict[str, Tensor]:
@@ -158,6 +165,6 @@ class SparseMomentum(RegrowingPruner):
         return found
 
     @torch.no_grad()
-    def _clear_absent(self) -> None:
+    def _clear_absent(self, masks: Mapping[str, Tensor]) -> None:
         for name, w in self._weights.items():
-            w.masked_fill_(~self.current[name], 0)
+            w.masked_fill_(~masks[name], 0)
