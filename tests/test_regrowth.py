@@ -218,6 +218,9 @@ def test_rigl_gradients_are_dense_in_the_steps_of_refreshes_only() -> None:
             assert (optimizer.state[p]["momentum_buffer"][~m] == 0).any()
         optimizer.zero_grad()
         pruner.step()
+        # What is saved, in any step, has zeros where weights are absent.
+        saved = model.state_dict()
+        assert all((saved[n][~m] == 0).all() for n, m in pruner.current.items())
     pruner.finish()
     assert {layer.weight_grad for layer in (model[0], model[3], model[6])} == {"sampled"}
     assert not optimizer._optimizer_step_pre_hooks
