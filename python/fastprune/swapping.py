@@ -65,7 +65,7 @@ def mask_layer_(layer: nn.Module, mask: Tensor, weight_grad: WeightGrad = "sampl
     """Turn one ``nn.Linear`` or ``nn.Conv2d`` into a masked layer, in place."""
     kind = type(layer)
     try:
-        layer.__class__ = _MASKED[kind]  # type: ignore[assignment]
+        layer.__class__ = _MASKED[kind]
         layer.become_masked_(mask, weight_grad)  # type: ignore[operator]
     except BaseException:
         layer.__class__ = kind

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastprune.metrics.macs import LAYERS, places
+from fastprune.metrics.macs import LAYERS
+from fastprune.metrics.macs import places as places_of
 from fastprune.pruners.data import call_arguments
 from fastprune.pruners.state import evaluating, preserved
 
@@ -65,7 +66,7 @@ class Watch:
         """Keep what a call of a layer looks like."""
         samples = max(x.shape[0], 1) if x.dim() > 1 else 1
         self.seen[name] = Seen(tuple(x.shape), x.stride(), x.dtype, x.device)
-        self.places[name] = places(self._layers[name], x, output) // samples
+        self.places[name] = places_of(self._layers[name], x, output) // samples
         self._handles.pop(name).remove()
 
     def stop(self) -> None:
@@ -79,10 +80,11 @@ class Watch:
         if not self.places:
             return None
         kept = {id(weights[n]): int(m.sum()) for n, m in masks.items()}
-        return sum(
-            n * kept.get(id(self._layers[name].weight), self._layers[name].weight.numel())
-            for name, n in self.places.items()
-        )
+        total = 0
+        for name, places in self.places.items():
+            weight: Tensor = self._layers[name].weight
+            total += places * kept.get(id(weight), weight.numel())
+        return total
 
     def _listen(self) -> None:
         for name, layer in self._layers.items():

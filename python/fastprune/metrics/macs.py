@@ -116,11 +116,10 @@ def macs(model: nn.Module, example_input: Any, masks: Mapping[str, Tensor] | Non
 
 def places(layer: Any, x: Tensor, output: Tensor) -> int:
     """How often a linear or convolution layer multiplies by each of its weights in one call."""
-    if isinstance(layer, nn.Linear):
-        return output.numel() // max(layer.out_features, 1)
     if isinstance(layer, TRANSPOSED):
-        return x.numel() // max(layer.in_channels, 1)
-    return output.numel() // max(layer.out_channels, 1)
+        return x.numel() // max(int(layer.in_channels), 1)
+    features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return output.numel() // max(int(features), 1)
 
 
 def _uses(model: nn.Module, layers: Mapping[str, Any], example_input: Any) -> dict[str, int]:
