@@ -261,6 +261,21 @@ def test_rigl_waits_for_gradients() -> None:
         pruner.step()
 
 
+def test_rigl_times_the_kernels_of_most_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    optimizer = sgd(model)
+    pruner = fp.RigL(model, 0.8, optimizer, 100, 2)
+    timed = []
+    monkeypatch.setattr(pruner.kernels, "measure", lambda *_: timed.append(model[3].weight_grad))
+    train(model, pruner, 1, optimizer)
+    assert model[3].weight_grad == "dense"
+    pruner.measure_kernels(X)
+    assert model[3].weight_grad == "dense"
+    train(model, pruner, 1, optimizer)
+    assert set(timed) == {"sampled"}
+    assert model[3].weight_grad == "sampled"
+
+
 def test_rigl_leaves_a_layer_without_gradient_as_it_is() -> None:
     model = small()
     model[3].weight.requires_grad_(False)

@@ -135,7 +135,6 @@ class RigL(RegrowingPruner):
         ]
         scores = [given.get(n, torch.zeros_like(w)) for n, w in self._weights.items()]
         masks = self.grow(self.survivors(moved), moved, scores, returning=True)
-        self._set_weight_grad("sampled")
         return masks
 
     def finish(self) -> Masks:
@@ -161,6 +160,11 @@ class RigL(RegrowingPruner):
     def _listen(self) -> None:
         """Make the next backward pass give dense gradients if it is the one before a refresh."""
         self._set_weight_grad("dense" if self._expects(self.steps + 1) else "sampled")
+
+    def _measure(self, min_time: float) -> None:
+        self._set_weight_grad("sampled")  # as nearly all steps are
+        super()._measure(min_time)
+        self._listen()
 
     def _set_weight_grad(self, kind: WeightGrad) -> None:
         for layers in self._users.values():

@@ -108,6 +108,10 @@ class SFP(DynamicPruner):
         for name, mask in masks.items():
             self._weights[name].masked_fill_(~mask, 0)
 
+    def _measure(self, min_time: float) -> None:
+        if self._users:  # plain layers have no choice
+            super()._measure(min_time)
+
     def _fix(self) -> None:
         super()._fix()
         times = self.kernels.times
