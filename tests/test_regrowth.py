@@ -265,8 +265,8 @@ def test_rigl_times_the_kernels_of_most_steps(monkeypatch: pytest.MonkeyPatch) -
     model = small()
     optimizer = sgd(model)
     pruner = fp.RigL(model, 0.8, optimizer, 100, 2)
-    timed = []
-    monkeypatch.setattr(pruner.kernels, "measure", lambda *_: timed.append(model[3].weight_grad))
+    timed: list[str] = []
+    monkeypatch.setattr(pruner.kernels, "measure", lambda *args: timed.append(model[3].weight_grad))
     train(model, pruner, 1, optimizer)
     assert model[3].weight_grad == "dense"
     pruner.measure_kernels(X)

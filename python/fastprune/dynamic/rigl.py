@@ -134,8 +134,7 @@ class RigL(RegrowingPruner):
             for name, n in zip(self._weights, self.kept(), strict=True)
         ]
         scores = [given.get(n, torch.zeros_like(w)) for n, w in self._weights.items()]
-        masks = self.grow(self.survivors(moved), moved, scores, returning=True)
-        return masks
+        return self.grow(self.survivors(moved), moved, scores, returning=True)
 
     def finish(self) -> Masks:
         """See :meth:`DynamicPruner.finish`."""
