@@ -181,9 +181,10 @@ class DynamicPruner(ABC):
 
         With the model's and the optimizer's own state, all that a run needs to go on to the same
         bits. Kernels that were not timed yet are timed first, if the model has run: a run and what
-        is resumed from it choose alike.
+        is resumed from it choose alike. Not with a ``group``, whose ranks time together: there
+        call :meth:`measure_kernels` on all of them before training.
         """
-        if not self.kernels.times and self._watch.seen:
+        if not self.kernels.times and self._watch.seen and self._group is None:
             self._measure(0.01)
         return {
             "method": self.name,
