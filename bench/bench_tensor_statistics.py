@@ -80,12 +80,21 @@ def numpy_powers(w: np.ndarray, p: tuple[float, ...]) -> Callable[[], object]:
 def against_others(n: int, min_time: float) -> None:
     w = torch.randn(n, generator=torch.Generator().manual_seed(0))
     a = w.numpy()
+    rows = w[: n // 1000 * 1000].view(-1, 1000)
+    fns: Fns = {
+        "floor": w.sum,
+        "p = 1, q = 2": lambda: fp.pq_index(w, p=1.0, q=2.0),
+        "p = 0.5, q = 1": lambda: fp.pq_index(w),
+        "p = 1, q = 2, of every row of 1000": lambda: fp.pq_index_rows(rows, p=1.0, q=2.0),
+        "p = 0.5, q = 1, of every row of 1000": lambda: fp.pq_index_rows(rows),
+    }
+    report(f"PQ index, float32, n = {n:,}", measure(fns, min_time=min_time), "floor")
     for p in ((1.0, 2.0), (0.5, 1.0), (0.7, 1.0)):
 
         def own(p: tuple[float, ...] = p) -> object:
             return fp.tensor_statistics([w], p=p)
 
-        fns: Fns = {
+        fns = {
             "floor": w.sum,
             "fastprune": own,
             "torch, float32": torch_powers(w, p),

@@ -136,6 +136,15 @@ GPU_GRADIENTS = (Linear(4096, 4096, 64), Linear(4096, 1024, 1024))
 GPU_GRADIENT_CONV = (Conv(128, 28, 32), Conv(512, 7, 32))
 GPU_GRADIENT_SPARSITIES = (0.8, 0.95)
 
+# Where a float32 weight gradient is better sampled at the mask: large, small, and of a short batch.
+GPU_WEIGHT_GRADIENTS = (
+    Linear(4096, 4096, 4096),
+    Linear(1024, 1024, 4096),
+    Linear(1024, 1024, 1024),
+    Linear(4096, 4096, 64),
+)
+GPU_WEIGHT_GRADIENT_DENSITIES = (0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02)
+
 GPU_PACK = (Linear(8192, 8192, 1), Linear(28672, 8192, 1))
 
 # Every form of the product by itself: where they cross is the dispatch table.

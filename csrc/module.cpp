@@ -62,7 +62,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cuda_form", [](const std::string& name) {
     if (!fastprune::set_cuda_form(name.c_str())) {
       throw py::value_error(
-          "form: expected 'auto', 'deltas', 'bitmap', 'tensor_core', 'panel' or 'dense', got '" +
+          "form: expected 'auto', 'deltas', 'bitmap', 'tensor_core', 'panel', 'dense' or "
+          "'sampled', got '" +
           name + "'");
     }
   });

@@ -24,7 +24,7 @@ needs_device = pytest.mark.skipif(not _usable, reason="no GPU, and FASTPRUNE_TES
 needs_cuda = pytest.mark.skipif(not (ON_CUDA and _usable), reason="needs a GPU")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-FORMS = ("auto", "deltas", "bitmap", "tensor_core", "panel", "dense")
+FORMS = ("auto", "deltas", "bitmap", "tensor_core", "panel", "dense", "sampled")
 
 
 @pytest.fixture(autouse=True)

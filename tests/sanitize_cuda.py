@@ -20,7 +20,7 @@ import fastprune as fp
 
 DEVICE = torch.device(os.environ.get("FASTPRUNE_TEST_DEVICE") or "cuda")
 ON_CUDA = DEVICE.type == "cuda"
-FORMS = ("auto", "deltas", "bitmap", "tensor_core", "panel", "dense")
+FORMS = ("auto", "deltas", "bitmap", "tensor_core", "panel", "dense", "sampled")
 
 
 def close(a: Tensor, b: Tensor, what: str) -> None:
@@ -73,7 +73,7 @@ def every_form() -> None:
         return
     for name in FORMS:
         choose(name)
-        for batch, dtype in itertools.product((1, 8, 9, 40), (torch.float32, torch.bfloat16)):
+        for batch, dtype in itertools.product((1, 8, 9, 40, 130), (torch.float32, torch.bfloat16)):
             try:
                 one_linear((67, 131), batch, 0.3, dtype, odd=False)
             except (RuntimeError, ValueError) as error:

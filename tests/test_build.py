@@ -81,10 +81,11 @@ def test_every_stem_has_all_its_files(stem: str) -> None:
     for path in ("csrc/ops", "csrc/kernels/cpu", "python/fastprune/ops"):
         # And no stem of an op that this list does not know.
         known = {*STEMS, "common", "pattern", "isa", "simd", "panel", "scalar_types", "__init__"}
-        known |= {"activations", "batch_norm", "layout", "product", "tensor_statistics_gini"}
+        known |= {"activations", "batch_norm", "layout", "product", "sparsity_index", "pq_bound"}
         known |= {"plan", "plan_registry", "planned", "convert", "backend", "cuda_op"}
         # Of an op's kernels:
         parts = ("topk", "conv_", "masked_conv2d_", "masked_linear_", "statistics_")
+        parts += ("tensor_statistics_",)
         parts += ("path_norm_", "reach_")
         known |= {"cuda_form", "device_plan", "panel_weight", "kept_panel", "planned_conv"}
         found = {p.name.split(".")[0].removesuffix("_cuda") for p in (ROOT / path).glob("*.*")}

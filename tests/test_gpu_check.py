@@ -29,7 +29,7 @@ from bench.cuda import clock  # noqa: E402
 from bench.cuda.__main__ import SECTIONS  # noqa: E402
 
 from fastprune.cli import gpu_check, gpu_check_build, gpu_check_stages, main  # noqa: E402
-from fastprune.cli.gpu_check_analysis import analyse, losses, rules  # noqa: E402
+from fastprune.cli.gpu_check_analysis import analyse, losses, rules, sampled  # noqa: E402
 from fastprune.cli.gpu_check_build import build  # noqa: E402
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -81,12 +81,14 @@ def test_dry_run_measures_every_section(
         assert not row["aims"], "a dry run promises nothing"
         assert row["ours"] in row["times"], row
     assert document["dispatch"]
+    assert len(document["sampled"]) == 1
     text = (out / "gpu-check.md").read_text()
     printed = capsys.readouterr().out
     for shown in (text, printed):
         assert "DRY RUN" in shown
         assert "Strict float32" in shown
         assert "Fastest form" in shown
+        assert "better sampled up to" in shown
     assert "bench/results" not in printed
 
 
@@ -290,6 +292,25 @@ def test_winners_become_a_dispatch_table() -> None:
             if row["density"] <= rule["density"] and row["batch"] <= (rule["batch"] or math.inf)
         )
         assert chosen == row["winner"], row
+
+
+def test_weight_gradients_become_a_threshold() -> None:
+    def measured(case: str, **won: str) -> list[dict[str, object]]:
+        facts = {"section": "weight_gradients", "case": case}
+        densities = {"low": 0.05, "middle": 0.1, "high": 0.4}
+        return [facts | {"density": densities[at], "winner": w} for at, w in won.items()]
+
+    rows = [
+        *measured("large", high="dense", low="sampled", middle="sampled"),
+        *measured("always", low="sampled", high="sampled"),
+        *measured("never", low="dense", high="sampled"),
+        {"section": "weight_gradients", "case": "failed", "density": 0.1},
+    ]
+    assert sampled(rows) == [
+        {"case": "large", "density": 0.2},
+        {"case": "always", "density": 1.0},
+        {"case": "never", "density": 0.0},
+    ]
 
 
 @pytest.mark.parametrize("good", [True, False])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from layouts import conv_products
 from oracle import assert_within, linear_exact
 
 pytestmark = gpu.needs_device
+OPS = torch.ops.fastprune
 
 # (out, in): primes, edges of tiles of 8 to 128, one larger than any tile.
 SHAPES = [(1, 1), (7, 13), (16, 64), (17, 130), (64, 63), (129, 257), (300, 1031)]
@@ -214,6 +218,71 @@ def test_weight_gradient_of_a_dense_weight() -> None:
     fp.masked_linear(dx, dweight, dmask, weight_grad="dense").sum().backward()
     assert dweight.grad is not None
     torch.testing.assert_close(dweight.grad.cpu(), torch.ones(30, 20) @ x)
+
+
+@pytest.fixture
+def sampled() -> Iterator[None]:
+    """Weight gradients in float32 at the mask alone."""
+    if gpu.chooses_forms():
+        fp._C.set_cuda_form("sampled")
+    yield
+    fp._C.set_cuda_form("auto")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 450), (300, 1031), (1024, 2000)], ids=str)
+def test_sampled_weight_gradient(sampled: None, shape: tuple[int, int]) -> None:
+    """Over one panel, slice and chunk of the batch, and several of each."""
+    for seed, (batch, density) in enumerate(
+        itertools.product((1, 64, 190, 4100), (0.01, 0.1, 0.6))
+    ):
+        g = torch.Generator().manual_seed(seed)
+        mask = uneven_mask(shape, density, g)
+        grad, x = (torch.randn(batch, size, generator=g) for size in shape)
+        bound = weight_gradient(grad, x, mask)
+        # What no kept weight reads may hold anything.
+        grad = torch.where(mask.any(1), grad, math.nan)
+        x = torch.where(mask.any(0), x, math.inf)
+        there, dgrad, dx = on(mask, grad, x)
+        pattern = fp.pack(there)
+        assert pattern.plan is not None
+        dw = OPS.planned_linear_weight_grad(dgrad, dx, pattern.plan.number(pattern))
+        raw = OPS.masked_linear_weight_grad(dgrad, dx, *pattern[:2], pattern.block_depth)
+        strided = dgrad.t().contiguous().t()
+        again = OPS.planned_linear_weight_grad(strided, dx, pattern.plan.number(pattern))
+        assert_within(dw.cpu(), *bound, f"{shape} batch {batch} density {density}")
+        assert torch.equal(dw, raw)
+        assert torch.equal(dw, again)
+
+
+def weight_gradient(
+    grad: Tensor, x: Tensor, mask: Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The gradient at the mask, S and n; in float64, which is enough for float32."""
+    g, a, kept = grad.double().numpy(), x.double().numpy(), mask.numpy()
+    exact, s = np.where(kept, g.T @ a, 0), np.where(kept, np.abs(g).T @ np.abs(a), 0)
+    return exact, s, np.broadcast_to(len(x), s.shape)
+
+
+@gpu.needs_cuda
+@pytest.mark.parametrize("warm", [True, False])
+def test_sampled_weight_gradient_in_a_graph(sampled: None, warm: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(200, 900, generator=g) < 0.1
+    grad, x = torch.randn(130, 200, generator=g), torch.randn(130, 900, generator=g)
+    there, dgrad, dx = on(mask, grad, x)
+    pattern = fp.pack(there)
+    assert pattern.plan is not None
+    plan = pattern.plan.number(pattern)
+    if warm:
+        OPS.planned_linear_weight_grad(dgrad, dx, plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dw = OPS.planned_linear_weight_grad(dgrad, dx, plan)
+    for factor in (1, -3):
+        dgrad.copy_(factor * grad.to(gpu.DEVICE))
+        graph.replay()
+        assert_within(dw.cpu(), *weight_gradient(factor * grad, x, mask), f"factor {factor}")
+    assert torch.equal(dw, OPS.planned_linear_weight_grad(dgrad, dx, plan))
 
 
 @pytest.mark.parametrize("batch", [8, 200])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastprune as fp
 from conftest import runnable_isas
-from fastprune.ops.tensor_statistics import _by_reference
+from fastprune.ops.tensor_statistics import Checked, _by_reference
 from oracle import DTYPES, guarded, wide
 
 OP = torch.ops.fastprune.tensor_statistics
@@ -328,9 +328,9 @@ def test_nan_names_its_tensor(isa: str, dtype: torch.dtype) -> None:
         x[at] = math.nan
         with pytest.raises(ValueError, match=r"^tensor_statistics: tensors\[1\]: an element is Na"):
             fp.tensor_statistics([torch.ones(3), x])
-        with pytest.raises(ValueError, match=r"^gini_index: tensors\[1\] \(fc\): an element"):
+        with pytest.raises(ValueError, match=r"^gini_index: w\[1\] \(fc\): an element"):
             fp.gini_index([torch.ones(3), x], names=["conv", "fc"])
-        with pytest.raises(ValueError, match=r"^pq_index: tensors\[0\]: an element is NaN"):
+        with pytest.raises(ValueError, match=r"^pq_index: w\[0\]: an element is NaN"):
             fp.pq_index([x])
         s = fp.tensor_statistics([x], within=[~x.isnan()], gini=True)
         assert s.total is not None
@@ -366,7 +366,7 @@ def test_pq_index(p: float, q: float, dtype: torch.dtype) -> None:
     tensors = [fill(5000, dtype, "normal", 1), fill(333, dtype, "zeros", 2)]
     keep = [torch.rand(t.shape) < 0.4 for t in tensors]
     for within in (None, keep):
-        got = fp.pq_index(tensors, p, q, within=within)
+        got = fp.pq_index(tensors, within, p, q)
         xs = [wide(t if within is None else t[k]) for t, k in zip(tensors, keep, strict=True)]
         xs.append(np.concatenate(xs))
         for value, x in zip([*got.layers.tolist(), got.total.item()], xs, strict=True):
@@ -375,6 +375,74 @@ def test_pq_index(p: float, q: float, dtype: torch.dtype) -> None:
             exact = 1 - d ** (1 / np.longdouble(q) - 1 / np.longdouble(p)) * ratio
             assert abs(value - exact) <= 2500 / p * U
             assert 0 <= value <= 1 - float(d) ** (1 / q - 1 / p) + 1e-12  # Theorem 1
+
+
+@pytest.mark.parametrize("index", [fp.pq_index, fp.gini_index])
+def test_one_tensor_a_sequence_or_a_mapping(index: Any) -> None:
+    a, b = fill(70, torch.float32, "normal", 1).view(7, 10), fill(9, torch.float64, "normal", 2)
+    kept = {"b": torch.rand(9) < 0.5, "a": torch.rand(7, 10) < 0.5}
+    tensors, masks = [a, b], [kept["a"], kept["b"]]
+    for many, mask in (
+        (tensors, masks),
+        ({"a": a, "b": b}, kept),
+        ({"a": a, "b": b}, fp.Masks(kept)),
+    ):
+        full, part = index(many), index(many, mask)
+        assert torch.equal(part.layers, index(many, within=mask).layers)
+        for i, x in enumerate(tensors):
+            assert torch.equal(index(x), full.layers[i])
+            assert torch.equal(index(x, masks[i]), part.layers[i])
+            assert torch.equal(index(x, within=masks[i]), part.layers[i])
+        together = torch.cat([t[m].double() for t, m in zip(tensors, masks, strict=True)])
+        torch.testing.assert_close(part.total, index(together), rtol=0, atol=1e-13)
+        assert part.total.shape == ()
+        assert part.total.dtype == torch.float64
+    assert index(a).shape == ()
+
+
+def test_pq_index_with_a_moderate_sum_is_what_the_formula_gives() -> None:
+    """Squares and fourth powers have exact roots: nothing differs, not even in the last bit."""
+    x = torch.tensor([1.0, 4.0, 9.0, 0.0, 16.0, 25.0, 1.0])
+    for p, q in ((0.5, 1.0), (0.5, 2.0), (1.0, 2.0)):
+        means = [(math.fsum(v**r for v in x.tolist()) / 7) ** (1 / r) for r in (p, q)]
+        assert fp.pq_index(x, None, p, q).item() == 1 - means[0] / means[1]
+
+
+V = torch.ones(3)
+
+
+@pytest.mark.parametrize("index", [fp.pq_index, fp.gini_index])
+@pytest.mark.parametrize(
+    ("kind", "message", "w", "more"),
+    [
+        (TypeError, "mask: expected bool tensors, got float: the mask comes", V, {"mask": 0.5}),
+        (TypeError, "within: expected bool tensors, got int", V, {"within": 1}),
+        (ValueError, "mask, within: two names", V, {"mask": V > 0, "within": V > 0}),
+        (TypeError, "mask: expected a tensor, as w is, got list", V, {"mask": [V > 0]}),
+        (TypeError, "mask: expected a sequence", [V], {"mask": V > 0}),
+        (TypeError, "mask: expected a sequence", [V], {"mask": {"a": V > 0}}),
+        (TypeError, "mask: expected a mapping, as w is", {"a": V}, {"mask": [V > 0]}),
+        (
+            ValueError,
+            r"mask: expected the names of w; .*\['a', 'b'\]",
+            {"a": V},
+            {"mask": {"b": V}},
+        ),
+        (ValueError, "names: a mapping has its own", {"a": V}, {"names": ["a"]}),
+        (TypeError, r"mask\['a'\]: expected dtype torch.bool", {"a": V}, {"mask": {"a": V}}),
+        (TypeError, "mask: expected dtype torch.bool", V, {"mask": V}),
+        (ValueError, r"mask: expected the shape \(3,\) of w, got \(2,\)", V, {"mask": V[:2] > 0}),
+        (ValueError, "w: expected at least one tensor", {}, {}),
+        (TypeError, "w: expected a sequence of tensors, got int", 3, {}),
+        (TypeError, "w: expected dtype float32", V > 0, {}),
+        (ValueError, r"w \(fc\): an element is NaN", V / 0 * 0, {"names": ["fc"]}),
+    ],
+)
+def test_bad_index_calls(
+    index: Any, kind: type[Exception], message: str, w: Any, more: dict[str, Any]
+) -> None:
+    with pytest.raises(kind, match=f"^{index.__name__}: {message}"):
+        index(w, **more)
 
 
 def test_pq_index_at_its_ends() -> None:
@@ -392,7 +460,7 @@ def test_indices_keep_their_value_under_scaling_cloning_and_order(
 ) -> None:
     x = fill(n, torch.float32, "normal", seed)
     same = [x, x * 2.0**scale, x.repeat(3), -x.flip(0)]  # D2, D4
-    for index in (fp.pq_index(same), fp.pq_index(same, 1.0, 2.0), fp.gini_index(same)):
+    for index in (fp.pq_index(same), fp.pq_index(same, None, 1.0, 2.0), fp.gini_index(same)):
         assert (index.layers - index.layers[0]).abs().max() <= 1e-13
 
 
@@ -453,11 +521,11 @@ def test_reference(restricted: bool) -> None:
     tensors = [fill(999, d, k, 1) for d in DTYPES for k in kinds] + [torch.zeros(0), torch.zeros(3)]
     within = [torch.rand(t.shape) < 0.5 for t in tensors] if restricted else []
     p, labels = [0.1, 0.5, 1.0, 2.0, 50.0], [""] * len(tensors)
-    expected = _by_reference(tensors, within, p, True, labels, "op")
+    expected = _by_reference(Checked.check("op", tensors, within or None, labels), p, True)
     for a, b in zip(OP(tensors, within, p, True), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
     with pytest.raises(ValueError, match=r"^op: tensors\[a\]: an element is NaN"):
-        _by_reference([torch.tensor([math.nan])], [], p, False, ["[a]"], "op")
+        _by_reference(Checked.check("op", [torch.tensor([math.nan])], None, ["[a]"]), p, False)
 
 
 X = [torch.ones(3), torch.ones(2, 2)]
@@ -508,7 +576,7 @@ def test_bad_calls(kind: type[Exception], message: str, arguments: dict[str, Any
 )
 def test_bad_pq(kind: type[Exception], p: Any, q: Any) -> None:
     with pytest.raises(kind, match=r"^pq_index: p: expected"):
-        fp.pq_index(X, p, q)
+        fp.pq_index(X, None, p, q)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.cuda import convolutions, forms, products, selection
+from bench.cuda import convolutions, forms, products, selection, weight_gradients
 from bench.cuda.clock import Clock, CudaClock, LostDeviceError, reason
 from bench.cuda.session import Session
 
@@ -30,6 +30,7 @@ SECTIONS = {
     "large_batch": (products.large_batch, 2.0, 0.05),
     "convolutions": (convolutions.convolutions, 3.0, 0.03),
     "gradients": (convolutions.gradients, 2.0, 0.03),
+    "weight_gradients": (weight_gradients.weight_gradients, 1.0, 0.03),
     "packing": (forms.packing, 1.0, 0.3),
     "forms": (forms.forms, 4.0, 0.01),
 }

@@ -13,7 +13,8 @@ constexpr struct {
   CudaForm form;
 } kNames[] = {{"auto", CudaForm::automatic}, {"deltas", CudaForm::deltas},
               {"bitmap", CudaForm::bitmap},  {"tensor_core", CudaForm::tensor_core},
-              {"panel", CudaForm::panel},    {"dense", CudaForm::dense}};
+              {"panel", CudaForm::panel},    {"dense", CudaForm::dense},
+              {"sampled", CudaForm::sampled}};
 
 }  // namespace
 

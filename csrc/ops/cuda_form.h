@@ -10,7 +10,8 @@ enum class CudaForm {
   bitmap,       // tiles of bits on tensor cores (kernels/cuda/masked_linear_bitmap.h), batches to 8
   tensor_core,  // the same tiles, batches to 128
   panel,        // CUDA cores over a panel of activations in shared memory
-  dense,        // torch's product of the masked weight
+  dense,        // torch's product of the masked weight; of a weight gradient: then the mask
+  sampled,      // weight gradients: at the mask alone (kernels/cuda/masked_linear_sampled.h)
 };
 
 // False for unknown names. For the whole process, for the calls that begin later.

@@ -3,8 +3,9 @@
 //
 // A form has a structure, from the pattern alone, and values, which follow the weight. Values are
 // refreshed in place, on the stream of the call, when `version` (ops/plan.h) says that the weight
-// is another: with kReadAnew in it or at -1 always. On the CPU probes of the weight catch changes
-// that no counter sees; here they would need a synchronisation.
+// is another: with kReadAnew in it or at -1 always. A form of the pattern alone has no values and
+// is filled once. On the CPU probes of the weight catch changes that no counter sees; here they
+// would need a synchronisation.
 //
 // Calls on several streams: one that uses what another stream made waits for it there. As with the
 // weight itself, it is the caller's to order a change of the weight against calls on other streams.
@@ -46,7 +47,8 @@ struct FormTensors {
   std::optional<Tensor> values;
 };
 
-// How a form is made. fill() writes the values of the weight that the call was given.
+// How a form is made. fill() writes the values of the weight that the call was given; where the
+// form has none (no `values`), the structure.
 struct FormMaker {
   std::function<std::vector<Tensor>()> structure;
   std::function<Tensor()> values;  // uninitialized
@@ -69,7 +71,8 @@ class DevicePlan : public KeptPlan {
   const Tensor& words() const { return words_; }
   void check_device(const Tensor& x, const char* op) const;
 
-  // What is kept under the key, its values those of `weight`, which must be contiguous.
+  // What is kept under the key, its values those of `weight`, which must be contiguous. Where the
+  // form has no values: `weight` is words(), `version` 0.
   FormTensors form(const FormKey& key, const Tensor& weight, int64_t version, const CudaCall& call,
                    const char* op, const FormMaker& make);
 

@@ -114,12 +114,14 @@ FormTensors DevicePlan::form(const FormKey& key, const Tensor& weight, int64_t v
   }
   if (slot == &made) {
     tensors.structure = make.structure();
-    tensors.values = make.values();
+    if (make.values) tensors.values = make.values();
   }
   make.fill(tensors);
   // Of the other forms one cannot know whether the weight has changed.
   if (anew) {
-    for (Slot& kept : slots_) kept.version = -1;
+    for (Slot& kept : slots_) {
+      if (kept.tensors.values.has_value()) kept.version = -1;
+    }
   }
   slot->weight = from;
   slot->version = capturing ? -1 : version;  // a capture writes nothing yet
@@ -136,7 +138,7 @@ int64_t DevicePlan::bytes() {
   int64_t total = bytes_of(words_);
   for (const Slot& slot : slots_) {
     for (const Tensor& t : slot.tensors.structure) total += bytes_of(t);
-    total += bytes_of(*slot.tensors.values);
+    if (slot.tensors.values.has_value()) total += bytes_of(*slot.tensors.values);
   }
   return total;
 }

@@ -67,6 +67,18 @@ std::unique_ptr<TopkStrides> strides_of(const Tensor& t) {
   return dims == 0 ? nullptr : std::move(result);
 }
 
+// Of the rows of tensor i, whose counts begin at *first; moves that on.
+void check_row_counts(const TopkCall& call, size_t i, int64_t* first) {
+  const int64_t begin = *first, given = static_cast<int64_t>(call.counts.size());
+  STD_TORCH_CHECK(!__builtin_add_overflow(begin, call.rows[i], first), kOp,
+                  ": values: the number of rows does not fit 64 bits");
+  for (int64_t r = begin; r < std::min(*first, given); ++r) {
+    STD_TORCH_CHECK(call.counts[r] >= 0 && call.counts[r] <= call.cols(i), kOp, ": counts[", r,
+                    "]: expected 0 to ", call.cols(i), " kept of a row of values[", i, "], got ",
+                    call.counts[r]);
+  }
+}
+
 const char* element(std::string& text, const char* name, size_t i) {
   text = std::string(name) + "[" + std::to_string(i) + "]";
   return text.c_str();
@@ -89,8 +101,8 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
                                    const std::vector<int64_t>& counts, const TopkOptions& options) {
   TopkCall call;
   const std::string &scope = options.scope, &score = options.score;
-  call.scope =
-      static_cast<TopkScope>(index_of(scope, {"global", "layer", "neuron", "filter"}, "scope"));
+  call.scope = static_cast<TopkScope>(
+      index_of(scope, {"global", "layer", "neuron", "filter", "row"}, "scope"));
   const int kind = index_of(
       score, {"identity", "magnitude", "product", "saliency", "square", "noise", "lamp"}, "score");
   call.lamp = kind > static_cast<int>(TopkScore::noise);
@@ -98,7 +110,9 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
   call.packed = options.packed;
   call.seed = static_cast<uint64_t>(options.seed);
   const bool needs_other = call.score == TopkScore::product || call.score == TopkScore::saliency;
-  const bool by_row = call.scope == TopkScope::neuron || call.scope == TopkScope::filter;
+  const bool each_row = call.scope == TopkScope::row;
+  const bool by_row =
+      call.scope == TopkScope::neuron || call.scope == TopkScope::filter || each_row;
   const bool per_tensor = call.scope == TopkScope::layer || call.scope == TopkScope::neuron;
   STD_TORCH_CHECK(!values.empty(), kOp, ": values: expected at least one tensor, got none");
   STD_TORCH_CHECK(other.empty() != needs_other, kOp, ": other: expected ",
@@ -111,12 +125,12 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
   if (per_tensor) {
     STD_TORCH_CHECK(counts.size() == values.size(), kOp, ": counts: expected ", values.size(),
                     " with scope '", scope, "', got ", counts.size());
-  } else {
+  } else if (!each_row) {
     STD_TORCH_CHECK(!counts.empty(), kOp, ": counts: expected at least one with scope '", scope,
                     "', got none");
   }
   call.counts = counts;
-  const size_t selections = per_tensor ? 1 : counts.size();
+  const size_t selections = per_tensor || each_row ? 1 : counts.size();
   STD_TORCH_CHECK(options.scale.empty() || options.scale.size() == values.size(), kOp,
                   ": scale: expected one for each of values, got ", options.scale.size());
   STD_TORCH_CHECK(options.scale.empty() || !call.lamp, kOp,
@@ -127,6 +141,7 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
     call.scaled |= options.scale[i] != 1.0;
   }
 
+  int64_t row_count = 0;
   int64_t total = 0, most = 0;  // elements so far; units that counts[0] chooses from
   std::string name;
   for (size_t i = 0; i < values.size(); ++i) {
@@ -153,9 +168,12 @@ TopkCall validate_global_topk_mask(const std::vector<Tensor>& values,
                       i, "]: expected 0 to ", units, " kept of values[", i, "]",
                       by_row ? " in each row" : "", ", got ", counts[i]);
     }
+    if (each_row) check_row_counts(call, i, &row_count);
     most += call.scope == TopkScope::filter ? call.rows[i] : t.numel;
   }
-  for (size_t c = 0; !per_tensor && c < counts.size(); ++c) {
+  STD_TORCH_CHECK(!each_row || row_count == static_cast<int64_t>(counts.size()), kOp,
+                  ": counts: expected ", row_count, ", one per row, got ", counts.size());
+  for (size_t c = 0; !per_tensor && !each_row && c < counts.size(); ++c) {
     STD_TORCH_CHECK(counts[c] >= 0 && counts[c] <= most, kOp, ": counts[", c, "]: expected 0 to ",
                     most, call.scope == TopkScope::filter ? " filters" : " elements", ", got ",
                     counts[c]);
@@ -298,8 +316,9 @@ void pack_mask(const uint8_t* bytes, int64_t n, uint8_t* bits) {
   });
 }
 
-void select_rows(const TopkCall& call, int64_t i) {
-  const int64_t rows = call.rows[i], cols = call.cols(i), k = call.counts[i];
+// counts: what each row keeps, the n-th row counts[n * step].
+void select_rows(const TopkCall& call, int64_t i, const int64_t* counts, int64_t step) {
+  const int64_t rows = call.rows[i], cols = call.cols(i);
   const RowMask out(call.tensors[i], call.packed);
   std::vector<TopkTensor> tensors = call.tensors;
   tensors[i].mask = out.mask;
@@ -311,20 +330,27 @@ void select_rows(const TopkCall& call, int64_t i) {
   };
   if (cols > kLongRow) {
     for (int64_t r = 0; r < rows; ++r) {
-      select({problem}, {{i, r * cols, (r + 1) * cols}}, {k}, where(r));
+      select({problem}, {{i, r * cols, (r + 1) * cols}}, {counts[r * step]}, where(r));
     }
   } else {
     TopkStatus worst{TopkStatus::ok, rows, 0};
     std::mutex mutex;
     for_each_range(rows, FASTPRUNE_PICK(topk_direct_scratch)(problem.wide, cols),
                    [&](int64_t begin, int64_t end, void* scratch) {
-                     const TopkStatus status =
-                         FASTPRUNE_PICK(topk_rows)(problem, i, cols, begin, end, k, scratch);
+                     TopkStatus status{TopkStatus::ok, 0, 0};
+                     const int64_t together = step == 0 ? end - begin : 1;
+                     for (int64_t r = begin; r < end && status.kind == TopkStatus::ok;
+                          r += together) {
+                       status = FASTPRUNE_PICK(topk_rows)(problem, i, cols, r, r + together,
+                                                          counts[r * step], scratch);
+                     }
                      const std::lock_guard<std::mutex> lock(mutex);
                      if (status.kind != TopkStatus::ok && status.span < worst.span) worst = status;
                    });
     if (worst.kind == TopkStatus::has_nan) fail_nan(i);
-    if (worst.kind == TopkStatus::too_few) fail_few(k, worst.candidates, where(worst.span));
+    if (worst.kind == TopkStatus::too_few) {
+      fail_few(counts[worst.span * step], worst.candidates, where(worst.span));
+    }
   }
   if (call.packed) pack_mask(out.mask, tensors[i].numel, call.tensors[i].mask);
 }
@@ -387,8 +413,18 @@ std::vector<Tensor> global_topk_mask_cpu(const std::vector<Tensor>& values,
       select_layers(call);
       break;
     case TopkScope::neuron:
-      for (size_t i = 0; i < call.tensors.size(); ++i) select_rows(call, static_cast<int64_t>(i));
+      for (size_t i = 0; i < call.tensors.size(); ++i) {
+        select_rows(call, static_cast<int64_t>(i), &call.counts[i], 0);
+      }
       break;
+    case TopkScope::row: {
+      const int64_t* counts = call.counts.data();
+      for (size_t i = 0; i < call.tensors.size(); ++i) {
+        select_rows(call, static_cast<int64_t>(i), counts, 1);
+        counts += call.rows[i];
+      }
+      break;
+    }
     case TopkScope::filter:
       select_filters(call);
       break;

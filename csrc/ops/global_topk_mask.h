@@ -11,7 +11,8 @@
 
 namespace fastprune {
 
-enum class TopkScope : int { global, layer, neuron, filter };
+// row: as neuron, with a count for each row of each tensor, tensor after tensor.
+enum class TopkScope : int { global, layer, neuron, filter, row };
 
 // How scores are made, apart from the tensors.
 struct TopkOptions {
@@ -32,9 +33,9 @@ struct TopkCall {
   std::vector<Tensor> masks;  // all tensors' for each selection
   std::vector<std::unique_ptr<TopkStrides>> strides;
   std::vector<TopkTensor> tensors;  // with the masks of the first selection
-  std::vector<int64_t> rows;        // per tensor, for the scopes neuron and filter
+  std::vector<int64_t> rows;        // per tensor, for the scopes neuron, filter and row
   // Kept: one per selection, or one per tensor (a single selection) for the scopes layer and
-  // neuron.
+  // neuron, or one per row.
   std::vector<int64_t> counts;
 
   TopkProblem problem(const std::vector<TopkTensor>& of) const {

@@ -55,6 +55,8 @@ class Call {
       case TopkScope::filter:
         select_filters();
         break;
+      case TopkScope::row:
+        STD_TORCH_CHECK(false, kOp, ": scope: 'row' has no CUDA kernel");
     }
     if (!status_begun_) {  // nothing to select from
       check_launch(topk_clear_status(data_of<int64_t>(status_), device_.stream()), kOp);

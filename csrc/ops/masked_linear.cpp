@@ -163,7 +163,7 @@ Tensor input_grad_cpu(const Tensor& grad_in, const Tensor& weight_in, const Tens
 }
 
 Tensor weight_grad_cpu(const Tensor& grad_in, const Tensor& x_in, const Tensor& row_ptr,
-                       const Tensor& offset, int64_t block_depth) {
+                       const Tensor& offset, int64_t block_depth, bool) {
   const char* op = "masked_linear_weight_grad";
   const MaskedLinearCall call = validate_masked_linear_weight_grad(grad_in, x_in, block_depth, op);
   const PatternView pattern = checked_pattern(row_ptr, offset, call.shape, false, op);
@@ -184,7 +184,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
       "int transposed_block_depth) -> Tensor");
   m.def(
       "masked_linear_weight_grad(Tensor grad, Tensor x, Tensor row_ptr, Tensor offset, "
-      "int block_depth) -> Tensor");
+      "int block_depth, bool tf32=False) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
   m.impl("masked_linear", TORCH_BOX(&fastprune::masked_linear_cpu));

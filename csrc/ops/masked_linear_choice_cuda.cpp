@@ -42,6 +42,14 @@ constexpr Rule kRules[] = {
 constexpr int64_t kDeltasBatch = 32, kBitmapBatch = 8, kTensorCoreBatch = 128;
 constexpr int64_t kTilesCols = int64_t{1} << 28;  // values of a strip are counted in 32 bits
 
+// Weight gradients. By analysis, not yet measured on a GPU: against 50 TFLOP/s of strict float32
+// the sampled one breaks even at a density of about 0.26 (kernels/README.md); its batch is padded
+// to slices of 64, and its launches cost a product of 2^30 terms (43 us when dense) a fifth.
+constexpr double kSampledDensity = 0.17, kSampledProducts = 1073741824.0;
+constexpr int64_t kSampledBatch = 64;
+// Units are counted in 32 bits, and so are rows times slices.
+constexpr int64_t kSampledEntries = int64_t{1} << 30, kSampledRows = int64_t{1} << 24;
+
 Kind kind_of(const CudaProduct& p) {
   if (p.dtype == DType::f64) return Kind::f64;
   if (p.dtype == DType::f32) return p.tf32 ? Kind::tf32 : Kind::strict;
@@ -55,6 +63,7 @@ bool cuda_form_serves(CudaForm form, const CudaProduct& p) {
   const bool tensor_cores = kind == Kind::half || kind == Kind::tf32;
   switch (form) {
     case CudaForm::automatic:
+    case CudaForm::sampled:
       return false;
     case CudaForm::deltas:
       return kind != Kind::f64 && p.batch <= kDeltasBatch && p.nnz > 0;
@@ -81,6 +90,16 @@ CudaForm choose_cuda_form(const CudaProduct& p) {
     }
   }
   return CudaForm::dense;
+}
+
+bool sample_weight_grad(const CudaProduct& p) {
+  if (p.dtype != DType::f32 || p.nnz > kSampledEntries || p.rows > kSampledRows) return false;
+  const CudaForm wanted = wanted_cuda_form();
+  if (wanted == CudaForm::sampled) return true;
+  if (wanted == CudaForm::dense || p.tf32 || p.batch < kSampledBatch) return false;
+  const double weights = static_cast<double>(p.rows) * static_cast<double>(p.cols);
+  return weights * static_cast<double>(p.batch) >= kSampledProducts &&
+         static_cast<double>(p.nnz) <= kSampledDensity * weights;
 }
 
 }  // namespace fastprune

@@ -22,4 +22,8 @@ bool cuda_form_serves(CudaForm form, const CudaProduct& product);
 // The wanted form where it serves, else the table's. Never `automatic`.
 CudaForm choose_cuda_form(const CudaProduct& product);
 
+// Whether the gradient of the weight is computed at the mask alone; else torch's dense product is,
+// and masked.
+bool sample_weight_grad(const CudaProduct& product);
+
 }  // namespace fastprune

@@ -1,5 +1,8 @@
 #include "ops/masked_linear_cuda.h"
 
+#include "ops/masked_linear_choice_cuda.h"
+#include "ops/masked_linear_sampled_cuda.h"
+
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 
 LinearPanelWeight prepare_linear(const CudaCall& call, const PatternView& pattern, bool transposed,
@@ -38,15 +41,27 @@ Tensor linear_product(const CudaCall& call, const LinearPanelWeight& weight, con
   return y;
 }
 
-Tensor linear_weight_grad(const CudaCall& call, const PatternView& pattern, const Tensor& grad,
-                          const Tensor& x, const char* op) {
-  Tensor out = torch::stable::matmul(torch::stable::transpose(grad, 0, 1), x);
-  out = dense(out);
-  keep_entries(call, pattern, out, op);
-  return out;
-}
-
 namespace {
+
+Tensor sampled_at(const CudaCall& call, const PatternView& p, const Tensor& grad, const Tensor& x,
+                  const char* op) {
+  BitMatrix bits{nullptr, p.rows, p.cols()};
+  const Tensor words = torch::stable::new_empty(
+      x, {checked_product(bits.rows, bits.row_words(), op)}, ScalarType::Int);
+  bits.words = static_cast<const uint32_t*>(words.const_data_ptr());
+  const Tensor verdict = torch::stable::new_empty(x, {2}, ScalarType::Long);
+  auto* found = static_cast<unsigned long long*>(verdict.mutable_data_ptr());
+  check_launch(
+      pattern_bits(RawPattern{p.row_ptr, p.offset, p.rows, p.cols(), p.block_cols(), p.nnz},
+                   static_cast<uint32_t*>(words.mutable_data_ptr()), found, call.limits(),
+                   call.stream()),
+      op);
+  check_launch(report_pattern(found, call.fault(), call.stream()), op);
+  const SampledShape shape = sampled_shape(p.rows, p.cols(), p.nnz, call.limits());
+  const std::vector<Tensor> index = new_sampled_index(shape, x, op);
+  fill_sampled_index(call, bits, shape, index, op);
+  return sampled_linear_weight_grad(call, shape, index, grad, x, op);
+}
 
 Tensor masked_linear_cuda(const Tensor& x, const Tensor& weight,
                           const std::optional<Tensor>& bias_in, const Tensor& row_ptr,
@@ -78,12 +93,18 @@ Tensor input_grad_cuda(const Tensor& grad, const Tensor& weight, const Tensor& r
 }
 
 Tensor weight_grad_cuda(const Tensor& grad, const Tensor& x, const Tensor& row_ptr,
-                        const Tensor& offset, int64_t block_depth) {
+                        const Tensor& offset, int64_t block_depth, bool tf32) {
   const char* op = "masked_linear_weight_grad";
   const MaskedLinearCall c = validate_masked_linear_weight_grad(grad, x, block_depth, op);
   const PatternView pattern = validate_pattern(row_ptr, offset, x, c.shape, false, op);
   const CudaCall call(x, op);
-  return linear_weight_grad(call, pattern, grad, x, op);
+  if (sample_weight_grad(
+          CudaProduct{c.dtype, tf32, c.batch, pattern.rows, pattern.cols(), pattern.nnz})) {
+    return sampled_at(call, pattern, grad, x, op);
+  }
+  Tensor out = dense(torch::stable::matmul(torch::stable::transpose(grad, 0, 1), x));
+  keep_entries(call, pattern, out, op);
+  return out;
 }
 
 }  // namespace

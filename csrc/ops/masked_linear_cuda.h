@@ -21,8 +21,5 @@ LinearPanelWeight prepare_linear(const CudaCall& call, const PatternView& patter
 // y for an x of (batch, depth). The residual: of y's sizes and dtype.
 Tensor linear_product(const CudaCall& call, const LinearPanelWeight& weight, const Tensor& x,
                       const Epilogue& epilogue, const char* op);
-// The gradient at the mask, as a dense tensor.
-Tensor linear_weight_grad(const CudaCall& call, const PatternView& pattern, const Tensor& grad,
-                          const Tensor& x, const char* op);
 
 }  // namespace fastprune::FASTPRUNE_CUDA_NAMESPACE

@@ -81,7 +81,7 @@ Tensor planned_linear_input_grad(const Tensor& grad, const Tensor& weight, int64
                         Epilogue{std::nullopt, std::nullopt, false}, Layout::like_input);
 }
 
-Tensor planned_linear_weight_grad(const Tensor& grad, const Tensor& x, int64_t plan) {
+Tensor planned_linear_weight_grad(const Tensor& grad, const Tensor& x, int64_t plan, bool) {
   const char* op = "planned_linear_weight_grad";
   check_cpu(grad, op, "grad");
   check_cpu(x, op, "x");
@@ -156,7 +156,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
   m.def(
       "planned_linear_input_grad(Tensor grad, Tensor weight, int plan, int version, "
       "bool tf32=False) -> Tensor");
-  m.def("planned_linear_weight_grad(Tensor grad, Tensor x, int plan) -> Tensor");
+  m.def("planned_linear_weight_grad(Tensor grad, Tensor x, int plan, bool tf32=False) -> Tensor");
   m.def(
       "planned_conv2d(Tensor x, Tensor weight, Tensor? bias, int plan, int version, int[] stride, "
       "int[] padding, int[] dilation, int groups, Tensor? residual, bool relu, int layout) "

@@ -6,6 +6,7 @@
 #include "ops/masked_linear_choice_cuda.h"
 #include "ops/masked_linear_cuda.h"
 #include "ops/masked_linear_forms_cuda.h"
+#include "ops/masked_linear_sampled_cuda.h"
 
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 namespace {
@@ -158,12 +159,32 @@ Tensor planned_linear_input_grad_cuda(const Tensor& grad_in, const Tensor& weigh
       grad, c.batch, std::nullopt, std::nullopt, false, tf32});
 }
 
-// Torch's dense product, then the mask.
-Tensor planned_linear_weight_grad_cuda(const Tensor& grad, const Tensor& x, int64_t plan_id) {
+Tensor sampled_at(const CudaCall& call, DevicePlan& plan, const Tensor& grad, const Tensor& x,
+                  const char* op) {
+  const BitMatrix& bits = plan.bits();
+  const SampledShape shape = sampled_shape(bits.rows, bits.cols, plan.nnz(), call.limits());
+  FormMaker maker;
+  maker.structure = [&] { return new_sampled_index(shape, plan.words(), op); };
+  maker.fill = [&](const FormTensors& kept) {
+    fill_sampled_index(call, bits, shape, kept.structure, op);
+  };
+  const FormKey key{
+      CudaForm::sampled, false, DType::f32, {shape.panel_cols, shape.units_per_group}};
+  const FormTensors kept = plan.form(key, plan.words(), 0, call, op, maker);
+  return sampled_linear_weight_grad(call, shape, kept.structure, grad, x, op);
+}
+
+// At the mask alone, or torch's dense product, then the mask.
+Tensor planned_linear_weight_grad_cuda(const Tensor& grad, const Tensor& x, int64_t plan_id,
+                                       bool tf32) {
   const char* op = "planned_linear_weight_grad";
   const MaskedLinearCall c = validate_masked_linear_weight_grad(grad, x, 1, op);
   const auto plan = find_device_plan(plan_id, c.shape, x, op);
   const CudaCall call(x, op);
+  if (sample_weight_grad(
+          CudaProduct{c.dtype, tf32, c.batch, plan->bits().rows, plan->bits().cols, plan->nnz()})) {
+    return sampled_at(call, *plan, grad, x, op);
+  }
   Tensor weight_grad = dense(torch::stable::matmul(torch::stable::transpose(grad, 0, 1), x));
   check_launch(keep_masked(plan->bits(), c.dtype, weight_grad.const_data_ptr(),
                            weight_grad.mutable_data_ptr(), call.limits(), call.stream()),

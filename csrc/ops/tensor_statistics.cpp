@@ -54,21 +54,6 @@ StatisticsCall validate_tensor_statistics(const std::vector<Tensor>& tensors,
 
 namespace {
 
-// sum^(1/p) for sum > 0 = m * 2^e, with no intermediate result out of range.
-double root(double m, int64_t e, double p) {
-  int shift = 0;
-  const double f = std::frexp(m, &shift);
-  e += shift;
-  if (p == 1.0) return scale_by(f, e);
-  if (p == 2.0)
-    return scale_by(std::sqrt(e % 2 == 0 ? f : 2.0 * f), (e - (e % 2 == 0 ? 0 : 1)) / 2);
-  const double log2 = std::log2(f), n = static_cast<double>(e);
-  const double whole = std::rint((log2 + n) / p);
-  // The root's own exponent first: what is left is small and loses no bits to it.
-  const double rest = (log2 + std::fma(-whole, p, n)) / p;
-  return scale_by(std::exp2(rest), static_cast<int64_t>(std::clamp(whole, -1e9, 1e9)));
-}
-
 // Row i of the results: statistics of tensor i, or of all of them.
 struct Results {
   int64_t* counts;  // rows x (count, nonzero)

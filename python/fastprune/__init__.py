@@ -14,6 +14,7 @@ from fastprune import (  # noqa: E402
     distributed,
     dynamic,
     effective,
+    iterative,
     metrics,
     models,
     nn,
@@ -31,6 +32,13 @@ from fastprune.effective import (  # noqa: E402
     effective_sparsity,
     path_norms,
     trim,
+)
+from fastprune.iterative import (  # noqa: E402
+    SAP,
+    IterativePruning,
+    LotteryTicket,
+    OneShotIterative,
+    sap_step,
 )
 from fastprune.masks import Masks  # noqa: E402
 from fastprune.metrics import (  # noqa: E402
@@ -54,7 +62,9 @@ from fastprune.ops import (  # noqa: E402
     masked_conv2d,
     masked_linear,
     pack,
+    pq_bound,
     pq_index,
+    pq_index_rows,
     tensor_statistics,
 )
 from fastprune.pruners import Pruner, prune, score  # noqa: E402
@@ -64,14 +74,18 @@ __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "DPF",
+    "SAP",
     "Incremental",
+    "IterativePruning",
     "KeptScores",
     "LayerReport",
+    "LotteryTicket",
     "Macs",
     "MaskChanges",
     "MaskUpdate",
     "Masks",
     "OneShot",
+    "OneShotIterative",
     "Pattern",
     "Pruner",
     "Report",
@@ -91,6 +105,7 @@ __all__ = [
     "gini_index",
     "global_topk_mask",
     "global_topk_sweep",
+    "iterative",
     "kept_scores",
     "macs",
     "mask_changes",
@@ -104,10 +119,13 @@ __all__ = [
     "ops",
     "pack",
     "path_norms",
+    "pq_bound",
     "pq_index",
+    "pq_index_rows",
     "prune",
     "quotas",
     "reference",
+    "sap_step",
     "score",
     "tensor_statistics",
     "timing",

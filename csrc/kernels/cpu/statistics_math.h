@@ -235,13 +235,16 @@ inline Doubles power_of_two(Doubles t) {
 inline Doubles square_root(Doubles x) {
 #if defined(__AVX512F__)
   // From a 14-bit estimate y of 1 / sqrt(x) and e = 1 - x y^2: sqrt(x) = x y (1 - e)^(-1/2), whose
-  // series up to e^3 leaves out less than 2^-56. A third of the time of the instruction.
+  // series up to e^3 leaves out less than 2^-56. What s^2 misses of x, which one FMA gives exactly,
+  // then rounds s to the nearest but for one x in 2^28. Half the time of the instruction.
   const __m512d v = (__m512d)x;
   const __mmask8 positive = _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_GT_OQ);
   const Doubles y = (Doubles)_mm512_maskz_rsqrt14_pd(positive, v);
   const Doubles s = x * y, e = 1.0 - s * y;
   const Doubles series = (e * (5.0 / 16) + 3.0 / 8) * e + 0.5;
-  return s + s * e * series;
+  const Doubles root = s + s * e * series, half = (y * 0.5) * (e * 0.5 + 1.0);
+  const Doubles missed = (Doubles)_mm512_fnmadd_pd((__m512d)root, (__m512d)root, v);
+  return (Doubles)_mm512_fmadd_pd((__m512d)missed, (__m512d)half, (__m512d)root);
 #else
   for (int j = 0; j < kWide; ++j) x[j] = __builtin_sqrt(x[j]);
   return x;

@@ -54,6 +54,14 @@ __global__ void count_bits_kernel(const uint32_t* words, int64_t n, unsigned lon
   if (threadIdx.x % 32 == 0 && mine != 0) atomicAdd(count, mine);
 }
 
+__global__ void report_pattern_kernel(const unsigned long long* verdict, uint32_t* fault) {
+  if ((verdict[0] & kBoundsFault) != 0) {
+    report(fault, kBadRowPtr);
+  } else if (verdict[0] != kGoodPattern) {
+    report(fault, kBadOffset);
+  }
+}
+
 // A warp per square of 32 bits.
 __global__ void transpose_bits_kernel(const uint32_t* from, int64_t rows, int64_t cols,
                                       uint32_t* to) {
@@ -199,6 +207,11 @@ cudaError_t pattern_bits(const RawPattern& p, uint32_t* words, unsigned long lon
   if (error != cudaSuccess) return error;
   return launch(count_bits_kernel, dim3(blocks_for(n, kThreads, limits)), dim3(kThreads), 0, stream,
                 words, n, verdict + 1);
+}
+
+cudaError_t report_pattern(const unsigned long long* verdict, uint32_t* fault,
+                           cudaStream_t stream) {
+  return launch(report_pattern_kernel, dim3(1), dim3(1), 0, stream, verdict, fault);
 }
 
 cudaError_t transpose_bits(const BitMatrix& from, uint32_t* to, cudaStream_t stream) {

@@ -30,6 +30,9 @@ enum PatternFault : int32_t { kGoodPattern = 0, kBoundsFault = 1, kOffsetFault =
 cudaError_t pattern_bits(const RawPattern& pattern, uint32_t* words, unsigned long long* verdict,
                          const DeviceLimits& limits, cudaStream_t stream);
 
+// Leaves the mark (device.h) of what a verdict says, for callers that do not wait for it.
+cudaError_t report_pattern(const unsigned long long* verdict, uint32_t* fault, cudaStream_t stream);
+
 // to <- the transpose, whole.
 cudaError_t transpose_bits(const BitMatrix& from, uint32_t* to, cudaStream_t stream);
 

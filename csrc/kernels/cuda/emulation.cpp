@@ -182,21 +182,30 @@ void run_block() {
   std::vector<unsigned> turn(machine.count);
   std::iota(turn.begin(), turn.end(), 0u);
   for (unsigned i = 0; i < machine.count; ++i) prepare(i);
+  // In every other block, half of the warps wait for some rounds: others run ahead of them by
+  // several collectives.
+  const bool uneven = machine.seed != 0 && machine.order() % 2 == 0;
+  uint64_t waits = 0;  // a bit per warp
   for (;;) {
+    if (uneven && machine.order() % 8 == 0) waits = machine.order();
     // Forwards, backwards, or shuffled: races show in the difference.
     const uint64_t how = machine.seed == 0 ? 0 : machine.order() % 3;
     if (how == 1) std::reverse(turn.begin(), turn.end());
     if (how == 2) std::shuffle(turn.begin(), turn.end(), machine.order);
-    bool ran = false, alive = false;
+    bool ran = false, alive = false, waiting = false;
     for (const unsigned i : turn) {
       if (machine.fibers[i].state != State::ready) continue;
+      if ((waits >> (i / 32) & 1u) != 0) {
+        waiting = true;
+        continue;
+      }
       ran = true;
       resume(i);
       if (machine.fibers[i].state == State::at_exchange) complete_exchange(i);
     }
     for (const unsigned i : turn) alive = alive || machine.fibers[i].state != State::done;
     if (!alive) return;
-    if (!ran && !release_barrier()) {
+    if (!ran && !waiting && !release_barrier()) {
       fail("deadlock: threads wait for each other at different barriers or collectives");
       return;
     }

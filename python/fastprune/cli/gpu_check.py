@@ -28,7 +28,8 @@ The JSON file::
                                         "aims": [{"text", "reached", "met"}]}]}},
      "ceilings": {"copy": bytes per second, dtype: flops per second},
      "dispatch": [{"form", "batch", "density", "dtype", "tf32", "us", "winner"}],
-     "rules": [{"kind", "batch", "density", "form"}]}: the winners as a dispatch table
+     "rules": [{"kind", "batch", "density", "form"}], the winners as a dispatch table
+     "sampled": [{"case", "density"}]}: up to where a float32 weight gradient is better sampled
 
 Times are seconds unless their name ends in ``us``. To quote a run, copy the file to
 ``bench/results/`` under the name that the command prints.
@@ -52,7 +53,7 @@ from rich.console import Console
 
 import fastprune
 from fastprune.cli import common, gpu_check_report, gpu_check_stages, machine, render
-from fastprune.cli.gpu_check_analysis import analyse, ceilings, dispatch, rules
+from fastprune.cli.gpu_check_analysis import analyse, ceilings, dispatch, rules, sampled
 from fastprune.cli.gpu_check_build import build
 
 SUMMARY = "Build, test, sanitize and measure on the GPU that is here, within nine minutes."
@@ -222,6 +223,7 @@ def _write(document: dict[str, Any], out: Path) -> None:
         document["ceilings"] = ceilings(bench["rows"])
         document["dispatch"] = dispatch(bench["rows"])
         document["rules"] = rules(bench["rows"])
+        document["sampled"] = sampled(bench["rows"])
         bench["rows"] = analyse(bench["rows"], claims=not document["dry_run"])
     common.write_json(out / "gpu-check.json", document)
     text = "# fastprune on a GPU\n\n" + "\n".join(f"* {line}" for line in _head(document)) + "\n\n"

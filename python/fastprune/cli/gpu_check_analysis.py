@@ -132,6 +132,29 @@ def rules(rows: Iterable[Row]) -> list[Row]:
     return table
 
 
+def sampled(rows: Iterable[Row]) -> list[Row]:
+    """Per case, up to which density a float32 weight gradient is better sampled at the mask.
+
+    The largest measured density below which sampling always won, moved half way (by geometric
+    mean) to the next one; 0.0 where it lost at the least, 1.0 where it never lost.
+    """
+    won: dict[str, dict[float, bool]] = {}
+    for row in rows:
+        if row["section"] == "weight_gradients" and "winner" in row:
+            won.setdefault(row["case"], {})[row["density"]] = row["winner"] == "sampled"
+    table = []
+    for case, by_density in won.items():
+        bound = 1.0
+        below = 0.0
+        for density in sorted(by_density):
+            if not by_density[density]:
+                bound = round(math.sqrt(below * density), 3)
+                break
+            below = density
+        table.append({"case": case, "density": bound})
+    return table
+
+
 def _segments(winners: Mapping[float, str]) -> list[tuple[float, str]]:
     """Ascending bounds of density and the form up to each; the last one holds to 1."""
     densities = sorted(winners)

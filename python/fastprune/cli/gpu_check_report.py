@@ -20,6 +20,7 @@ TITLES = {
     "large_batch": "Large batches, where dense is compute bound",
     "convolutions": "3 x 3 convolutions",
     "gradients": "Gradients, through autograd",
+    "weight_gradients": "Weight gradients at the mask, strict float32, by form",
     "packing": "Packing, once per mask (wall clock)",
 }
 
@@ -83,6 +84,10 @@ def tables(document: Mapping[str, Any]) -> list[Table]:
             for r in measured
         ]
         made.append(Table("The winners as a dispatch table", (), notes=lines))
+    if thresholds := document.get("sampled"):
+        lines = [f"{t['case']}: density {t['density']:g}" for t in thresholds]
+        title = "Float32 weight gradients are better sampled up to (kSampledDensity)"
+        made.append(Table(title, (), notes=lines))
     if rows and not document["dry_run"]:
         lost = losses(rows)
         made.append(Table(f"Slower than the best dense form: {len(lost)} rows", (), notes=lost))

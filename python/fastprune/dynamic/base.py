@@ -176,8 +176,11 @@ class DynamicPruner(ABC):
         """Masks, step, history and choices: tensors and plain values in dicts and lists.
 
         With the model's and the optimizer's own state, all that a run needs to go on to the same
-        bits.
+        bits. Kernels that were not timed yet are timed first, if the model has run: a run and what
+        is resumed from it choose alike.
         """
+        if not self.kernels.times and self._watch.seen:
+            self._measure(0.01)
         return {
             "method": self.name,
             "steps": self.steps,

@@ -13,13 +13,14 @@ from fastprune.ops.global_topk_mask import (  # noqa: E402
 from fastprune.ops.masked_conv2d import masked_conv2d  # noqa: E402
 from fastprune.ops.masked_linear import masked_linear  # noqa: E402
 from fastprune.ops.pattern import Pattern, pack  # noqa: E402
-from fastprune.ops.tensor_statistics import (  # noqa: E402
+from fastprune.ops.pq_bound import pq_bound  # noqa: E402
+from fastprune.ops.sparsity_index import (  # noqa: E402
     SparsityIndex,
-    TensorStatistics,
     gini_index,
     pq_index,
-    tensor_statistics,
+    pq_index_rows,
 )
+from fastprune.ops.tensor_statistics import TensorStatistics, tensor_statistics  # noqa: E402
 
 __all__ = [
     "KeptScores",
@@ -33,6 +34,8 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "pack",
+    "pq_bound",
     "pq_index",
+    "pq_index_rows",
     "tensor_statistics",
 ]

@@ -39,7 +39,7 @@ def _fake(
     seed: int = 0,
     packed: bool = False,
 ) -> list[Tensor]:
-    selections = len(counts) if scope in ("global", "filter") else 1
+    selections = len(counts) if scope in ("global", "filter") else 1  # layer, neuron, row
     if packed:
         return [
             v.new_empty([(v.numel() + 7) // 8], dtype=torch.uint8)

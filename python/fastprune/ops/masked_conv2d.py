@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from fastprune import reference
 from fastprune.ops.backend import has_kernel
+from fastprune.ops.layout import is_batch_last
 from fastprune.ops.pattern import (
     Pattern,
     as_pattern,
@@ -255,6 +256,11 @@ def _(grad: Tensor, x: Tensor, row_ptr: Tensor, offset: Tensor, *rest: Any) -> T
     return x.new_empty(rest[1])  # weight_sizes
 
 
+@torch.library.register_fake("fastprune::conv_weight_grad")
+def _(grad: Tensor, x: Tensor, weight_sizes: Any, *_: Any) -> Tensor:
+    return x.new_empty(weight_sizes)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, *pattern = inputs[:7]
     ctx.save_for_backward(x, weight, *pattern)
@@ -292,7 +298,12 @@ def _dense_weight_grad(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    # torch's own dense kernel: nothing of the pattern enters this gradient.
+    # Nothing of the pattern enters this gradient. torch's kernels would convert both tensors.
+    innermost = is_batch_last(grad) or is_batch_last(x)
+    if innermost and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return torch.ops.fastprune.conv_weight_grad(  # type: ignore[no-any-return]
+            grad, x, weight.shape, stride, padding, dilation, groups
+        )
     wanted = [False, True, False]
     return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
         grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted

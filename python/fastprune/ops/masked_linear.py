@@ -161,7 +161,7 @@ class PlannedLinearFunction(torch.autograd.Function):
             weight_grad = (
                 grad.t() @ x
                 if ctx.dense_weight_grad
-                else ops.planned_linear_weight_grad.default(grad, x, ctx.number)
+                else ops.planned_linear_weight_grad.default(grad, x, ctx.number, ctx.tf32)
             )
         if ctx.needs_input_grad[2]:
             bias_grad = grad.sum(dim=0)
@@ -202,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             weight_grad = grad.t() @ x
         else:
             weight_grad = torch.ops.fastprune.masked_linear_weight_grad(
-                grad, x, row_ptr, offset, ctx.blocks[0]
+                grad, x, row_ptr, offset, ctx.blocks[0], tf32(x)
             )
     if ctx.has_bias and ctx.needs_input_grad[2]:
         bias_grad = grad.sum(dim=0)
@@ -245,9 +245,9 @@ def input_grad_on_cuda(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 def weight_grad_on_cuda(
-    grad: Tensor, x: Tensor, row_ptr: Tensor, offset: Tensor, block: int
+    grad: Tensor, x: Tensor, row_ptr: Tensor, offset: Tensor, block: int, _tf32: bool = False
 ) -> Tensor:
-    """Likewise, the gradient of the weight at the mask."""
+    """Likewise, the gradient of the weight at the mask; torch itself knows of TF32."""
     mask = reference.unpack(row_ptr, offset, (grad.shape[1], x.shape[1]), block)
     return reference.masked_linear_weight_grad(grad, x, mask)
 

@@ -1,4 +1,4 @@
-"""Statistics of many tensors in one read: sums, norms, extremes, and indices of sparsity."""
+"""Statistics of many tensors in one read: sums, norms and extremes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,13 +64,6 @@ class TensorStatistics:
     total: TensorStatistics | None
 
 
-class SparsityIndex(NamedTuple):
-    """An index per tensor, ``layers`` (L,), and of all together, ``total`` (); float64."""
-
-    layers: Tensor
-    total: Tensor
-
-
 def tensor_statistics(
     tensors: Sequence[Tensor],
     *,
@@ -116,111 +109,118 @@ def tensor_statistics(
     Source of the Gini index: Hurley & Rickard 2009, *Comparing Measures of Sparsity*,
     G = 1 - 2 sum_k (abs(w)_(k) / ||w||_1) ((N - k + 1/2) / N), abs(w) in ascending order.
     """
-    return _statistics(tensors, p, within, gini, names)
-
-
-def pq_index(
-    tensors: Sequence[Tensor],
-    p: float = 0.5,
-    q: float = 1.0,
-    *,
-    within: Sequence[Tensor] | None = None,
-    names: Sequence[str] | None = None,
-) -> SparsityIndex:
-    r"""PQ index of every tensor, and of all together: 0 where all magnitudes are equal, near 1
-    where few carry everything.
-
-    .. math:: I = 1 - d^{1/q - 1/p} \|w\|_p / \|w\|_q
-
-    with d the number of elements, those inside ``within`` where it is given, zeros among them
-    included. I is in [0, 1 - d^(1/q - 1/p)]; rounding that would leave [0, 1] is cut off. Of no
-    elements, and of zeros only (where the paper leaves it undefined), it is 0: nothing to prune
-    by. With an infinite element it is NaN.
-
-    Args:
-        tensors, within, names: as in :func:`tensor_statistics`.
-        p, q: 0 < p < q, both in [2^-20, 2^20].
-    Raises:
-        ValueError: p is not below q; else as :func:`tensor_statistics`.
-
-    Cost: one read. Accuracy: that of the power means; 1e-12 absolute for p from 1/4 on.
-    Paper: Diao et al. 2023, Definition 1.
-    """
-    op = "pq_index"
-    exponents = _exponents((p, q), op, ("p", "q"))
-    if not exponents[0] < exponents[1]:
-        raise ValueError(f"{op}: p: expected less than q = {q}, got {p}")
-    stats = _statistics(tensors, exponents, within, False, names, op)
-    assert stats.total is not None
-    return SparsityIndex(_pq(stats), _pq(stats.total))
-
-
-def gini_index(
-    tensors: Sequence[Tensor],
-    *,
-    within: Sequence[Tensor] | None = None,
-    names: Sequence[str] | None = None,
-) -> SparsityIndex:
-    r"""Gini index of the magnitudes of every tensor, and of all together.
-
-    0 where all are equal, 1 - 1/N where one of N carries everything. Of no elements and of zeros
-    only, 0; with an infinite element NaN. Zeros count towards N. Arguments, errors, accuracy and
-    cost: those of :func:`tensor_statistics` with ``gini=True``.
-
-    Source: Hurley & Rickard 2009, *Comparing Measures of Sparsity*.
-    """
-    stats = _statistics(tensors, (), within, True, names, "gini_index")
-    assert stats.gini is not None
-    assert stats.total is not None
-    assert stats.total.gini is not None
-    return SparsityIndex(stats.gini, stats.total.gini)
-
-
-def _pq(stats: TensorStatistics) -> Tensor:
-    low, high = stats.power_means.unbind(-1)
-    index = (1 - low / high).clamp(0.0, 1.0)
-    return torch.where(high == 0, torch.zeros_like(index), index)
-
-
-def _statistics(
-    tensors: Any, p: Any, within: Any, gini: Any, names: Any, op: str = _OP
-) -> TensorStatistics:
-    values = _sequence(tensors, "tensors", op)
-    if not values:
-        raise ValueError(f"{op}: tensors: expected at least one tensor, got none")
-    labels = _labels(names, len(values), op)
-    for i, t in enumerate(values):
-        if t.dtype not in _FLOATS:
-            raise TypeError(
-                f"{op}: tensors{labels[i]}: expected dtype float32, float64, bfloat16 or float16, "
-                f"got {t.dtype}"
-            )
-        if t.device != values[0].device:
-            raise ValueError(
-                f"{op}: tensors{labels[i]}: expected the device {values[0].device} of the first "
-                f"tensor, got {t.device}"
-            )
-    allowed = [] if within is None else _restrictions(within, values, labels, op)
+    values = sequence_of(tensors, "tensors", _OP)
+    labels = labels_of(names, len(values), _OP) if values else []
+    allowed = None if within is None else sequence_of(within, "within", _OP)
+    checked = Checked.check(_OP, values, allowed, labels)
     if not isinstance(gini, bool):
-        raise TypeError(f"{op}: gini: expected a bool, got {type(gini).__name__}")
-    if isinstance(p, (str, Tensor)) or not isinstance(p, Sequence):
-        raise TypeError(f"{op}: p: expected a sequence of numbers, got {type(p).__name__}")
-    exponents = _exponents(p, op, [f"p[{i}]" for i in range(len(p))])
+        raise TypeError(f"{_OP}: gini: expected a bool, got {type(gini).__name__}")
+    given: Any = p
+    if isinstance(given, (str, Tensor)) or not isinstance(given, Sequence):
+        raise TypeError(f"{_OP}: p: expected a sequence of numbers, got {type(p).__name__}")
+    return statistics_of(checked, exponents_of(p, _OP, [f"p[{i}]" for i in range(len(p))]), gini)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Tensors and restrictions that passed the checks, and what messages call them."""
+
+    op: str
+    values: list[Tensor]
+    within: list[Tensor]
+    labels: list[str]  # what follows an argument's name: an index or a name
+    arguments: tuple[str, str] = ("tensors", "within")
+
+    @classmethod
+    def check(
+        cls,
+        op: str,
+        values: list[Tensor],
+        within: list[Tensor] | None,
+        labels: list[str],
+        arguments: tuple[str, str] = ("tensors", "within"),
+    ) -> Checked:
+        name = arguments[0]
+        if not values:
+            raise ValueError(f"{op}: {name}: expected at least one tensor, got none")
+        for i, t in enumerate(values):
+            if t.dtype not in _FLOATS:
+                raise TypeError(
+                    f"{op}: {name}{labels[i]}: expected dtype float32, float64, bfloat16 or "
+                    f"float16, got {t.dtype}"
+                )
+            if t.device != values[0].device:
+                raise ValueError(
+                    f"{op}: {name}{labels[i]}: expected the device {values[0].device} of the first "
+                    f"tensor, got {t.device}"
+                )
+        checked = cls(op, values, [] if within is None else within, labels, arguments)
+        if within is not None:
+            checked._check_within()
+        return checked
+
+    def _check_within(self) -> None:
+        op, (name, other) = self.op, self.arguments
+        if len(self.within) != len(self.values):
+            raise ValueError(
+                f"{op}: {other}: expected {len(self.values)} tensors, one per tensor, got "
+                f"{len(self.within)}"
+            )
+        for label, w, v in zip(self.labels, self.within, self.values, strict=True):
+            if w.dtype != torch.bool:
+                raise TypeError(f"{op}: {other}{label}: expected dtype torch.bool, got {w.dtype}")
+            if w.shape != v.shape:
+                raise ValueError(
+                    f"{op}: {other}{label}: expected the shape {tuple(v.shape)} of {name}{label}, "
+                    f"got {tuple(w.shape)}"
+                )
+            if w.device != v.device:
+                raise ValueError(
+                    f"{op}: {other}{label}: expected the device {v.device} of {name}{label}, "
+                    f"got {w.device}"
+                )
+
+    def has_kernel(self) -> bool:
+        return self.values[0].device.type in ("cpu", "meta")
+
+    def refuse_nan(self) -> None:
+        """The check that the kernels make on the data."""
+        for i, v in enumerate(self.values):
+            bad = v.isnan() & self.within[i] if self.within else v.isnan()
+            if bool(bad.any()):
+                raise ValueError(
+                    f"{self.op}: {self.arguments[0]}{self.labels[i]}: an element is NaN"
+                )
+
+    def call(self, op: Any, *rest: Any) -> Any:
+        """``op(values, within, *rest)``, its messages in the words of the public function."""
+        try:
+            return op(self.values, self.within, *rest)
+        except RuntimeError as error:
+            message = str(error).partition("\n")[0]
+            if f"{_OP}: " not in message:
+                raise
+        message = self.op + message[message.index(f"{_OP}: ") + len(_OP) :]
+        names = dict(zip(("tensors", "within"), self.arguments, strict=True))
+        raise ValueError(
+            re.sub(
+                r"(tensors|within)\[(\d+)\]",
+                lambda m: names[m[1]] + self.labels[int(m[2])],
+                message,
+            )
+        )
+
+
+def statistics_of(checked: Checked, exponents: list[float], gini: bool) -> TensorStatistics:
+    """The statistics of checked arguments."""
     with torch.no_grad():
-        if values[0].device.type in ("cpu", "meta"):
-            try:
-                results = torch.ops.fastprune.tensor_statistics(values, allowed, exponents, gini)
-            except RuntimeError as error:
-                message = str(error).partition("\n")[0]
-                if f"{_OP}: " not in message:
-                    raise
-                raise ValueError(_renamed(message, labels, op)) from None
+        if checked.has_kernel():
+            results = checked.call(torch.ops.fastprune.tensor_statistics, exponents, gini)
         else:
-            results = _by_reference(values, allowed, exponents, gini, labels, op)
-    n = len(values)
-    rows = (slice(n), n)
-    layers, total = (_at(results, at, tuple(exponents), gini, None) for at in rows)
-    return _at(results, rows[0], layers.p, gini, total)
+            results = _by_reference(checked, exponents, gini)
+    n = len(checked.values)
+    layers, total = (_at(results, at, tuple(exponents), gini, None) for at in (slice(n), n))
+    return _at(results, slice(n), layers.p, gini, total)
 
 
 def _at(
@@ -242,22 +242,14 @@ def _at(
 
 
 def _by_reference(
-    values: list[Tensor],
-    within: list[Tensor],
-    p: list[float],
-    gini: bool,
-    labels: list[str],
-    op: str,
+    checked: Checked, p: list[float], gini: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reference, behind the checks that the op makes on the data."""
-    for i, v in enumerate(values):
-        bad = v.isnan() & within[i] if within else v.isnan()
-        if bool(bad.any()):
-            raise ValueError(f"{op}: tensors{labels[i]}: an element is NaN")
-    return reference.tensor_statistics(values, within or None, p, gini)
+    checked.refuse_nan()
+    return reference.tensor_statistics(checked.values, checked.within or None, p, gini)
 
 
-def _sequence(given: Any, name: str, op: str) -> list[Tensor]:
+def sequence_of(given: Any, name: str, op: str) -> list[Tensor]:
     if isinstance(given, Tensor) or not isinstance(given, Sequence):
         kind = type(given).__name__
         raise TypeError(f"{op}: {name}: expected a sequence of tensors, got {kind}")
@@ -267,29 +259,7 @@ def _sequence(given: Any, name: str, op: str) -> list[Tensor]:
     return list(given)
 
 
-def _restrictions(within: Any, values: list[Tensor], labels: list[str], op: str) -> list[Tensor]:
-    allowed = _sequence(within, "within", op)
-    if len(allowed) != len(values):
-        raise ValueError(
-            f"{op}: within: expected {len(values)} tensors, one per tensor, got {len(allowed)}"
-        )
-    for label, w, v in zip(labels, allowed, values, strict=True):
-        if w.dtype != torch.bool:
-            raise TypeError(f"{op}: within{label}: expected dtype torch.bool, got {w.dtype}")
-        if w.shape != v.shape:
-            raise ValueError(
-                f"{op}: within{label}: expected the shape {tuple(v.shape)} of tensors{label}, "
-                f"got {tuple(w.shape)}"
-            )
-        if w.device != v.device:
-            raise ValueError(
-                f"{op}: within{label}: expected the device {v.device} of tensors{label}, "
-                f"got {w.device}"
-            )
-    return allowed
-
-
-def _exponents(given: Sequence[Any], op: str, names: Sequence[str]) -> list[float]:
+def exponents_of(given: Sequence[Any], op: str, names: Sequence[str]) -> list[float]:
     for name, x in zip(names, given, strict=True):
         if isinstance(x, bool) or not isinstance(x, Real):
             raise TypeError(f"{op}: {name}: expected a number, got {type(x).__name__}")
@@ -298,7 +268,7 @@ def _exponents(given: Sequence[Any], op: str, names: Sequence[str]) -> list[floa
     return [float(x) for x in given]
 
 
-def _labels(names: Any, n: int, op: str) -> list[str]:
+def labels_of(names: Any, n: int, op: str) -> list[str]:
     """What follows an argument's name in messages: the index, and the tensor's name if given."""
     if names is None:
         return [f"[{i}]" for i in range(n)]
@@ -308,9 +278,3 @@ def _labels(names: Any, n: int, op: str) -> list[str]:
     if len(names) != n:
         raise ValueError(f"{op}: names: expected {n} names, one per tensor, got {len(names)}")
     return [f"[{i}] ({name})" for i, name in enumerate(names)]
-
-
-def _renamed(message: str, labels: list[str], op: str) -> str:
-    """The op's message in the words of the public function."""
-    message = op + message[message.index(f"{_OP}: ") + len(_OP) :]
-    return re.sub(r"(tensors|within)\[(\d+)\]", lambda m: m[1] + labels[int(m[2])], message)

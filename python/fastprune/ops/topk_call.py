@@ -18,6 +18,8 @@ from fastprune.ops.topk_checks import OP, expected_float, labels_of, scales_of, 
 from fastprune.reference.global_topk_mask import fuse_score, pack_bits, rows_of
 
 Scope = Literal["global", "layer", "neuron", "filter"]
+# In calls made by row_topk_mask: as neuron, with one count for each row of each tensor.
+AnyScope = Literal["global", "layer", "neuron", "filter", "row"]
 Score = Literal["identity", "magnitude", "product", "saliency", "square", "noise", "lamp"]
 SCOPES = ("global", "layer", "neuron", "filter")
 SCORES = ("identity", "magnitude", "product", "saliency", "square", "noise", "lamp")
@@ -32,7 +34,7 @@ class TopkCall:
     values: list[Tensor]
     other: list[Tensor]
     within: list[Tensor]
-    scope: Scope
+    scope: AnyScope
     score: Score
     scale: list[float]
     seed: int
@@ -157,7 +159,7 @@ class TopkCall:
         """The masks of every selection: one per count with scope global or filter, else one."""
         with torch.no_grad():
             device = self.values[0].device.type
-            if device == "cuda" and has_kernel(OP, device):
+            if device == "cuda" and has_kernel(OP, device) and self.scope != "row":
                 return self.run_on_cuda(torch.ops.fastprune, counts)
             if device not in ("cpu", "meta"):
                 return self._by_reference(counts)
@@ -253,6 +255,9 @@ class TopkCall:
                 bad = fused.isnan() & allowed
             if bool(bad.any()):
                 raise ValueError(f"{OP}: scores{self.labels[i]}: a candidate's score is NaN")
+            if self.scope == "row":
+                available.extend(rows_of(allowed).sum(dim=1))
+                continue
             neuron = self.scope == "neuron"
             available.append(rows_of(allowed).sum(dim=1) if neuron else allowed.sum())
         if self.scope in ("global", "filter"):
@@ -267,12 +272,14 @@ class TopkCall:
         elif self.scope == "neuron":
             pairs = zip(counts, self.values, strict=True)
             selections = [[count for count, v in pairs for _ in range(v.shape[0])]]
+        elif self.scope == "row":
+            selections = [counts]
         results = []
         for chosen in selections:
             masks = reference.global_topk_mask(
                 self.values,
                 chosen,
-                self.scope,
+                "neuron" if self.scope == "row" else self.scope,
                 self.score,
                 self.other or None,
                 self.within or None,
@@ -294,6 +301,20 @@ class TopkCall:
             message,
         )
         return re.sub(r"counts(\[\d+\])?", "k", message).replace("all values", "all scores")
+
+
+def row_topk_mask(
+    values: Sequence[Tensor], counts: list[int], within: Sequence[Tensor], names: Sequence[str]
+) -> list[Tensor]:
+    """The largest magnitudes of every row, as many as ``counts`` says for it.
+
+    What :func:`fastprune.global_topk_mask` does with scope ``neuron``, score ``magnitude``, and one
+    count per row, tensor after tensor. On CUDA the plain torch reference runs, row by row.
+    """
+    call = TopkCall.check(
+        list(values), "neuron", "magnitude", None, list(within), None, None, False, list(names)
+    )
+    return replace(call, scope="row").run(counts)[0]
 
 
 def lamp_of(values: list[Tensor], within: list[Tensor]) -> list[Tensor]:

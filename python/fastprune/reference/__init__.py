@@ -15,7 +15,7 @@ from fastprune.reference.masked_linear import (
     masked_linear_weight_grad,
 )
 from fastprune.reference.pattern import transpose, unpack
-from fastprune.reference.tensor_statistics import tensor_statistics
+from fastprune.reference.tensor_statistics import row_power_means, tensor_statistics
 
 __all__ = [
     "global_topk_mask",
@@ -25,6 +25,7 @@ __all__ = [
     "masked_linear",
     "masked_linear_input_grad",
     "masked_linear_weight_grad",
+    "row_power_means",
     "tensor_statistics",
     "transpose",
     "unpack",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastprune.reference.global_topk_mask import rows_of
+
 
 def tensor_statistics(
     tensors: Sequence[Tensor],
@@ -40,6 +42,32 @@ def tensor_statistics(
             powers[:, i, j] = torch.stack(_power(x.abs(), exponent))
     indices = torch.stack([_gini(x.abs()) for x in rows]) if gini else like.new_zeros(0)
     return counts, moments, powers, indices
+
+
+def row_power_means(
+    tensors: Sequence[Tensor], within: Sequence[Tensor] | None, p: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Of all rows (the tensors viewed as (out, -1)): counts (R,) and power means (R, len(p)).
+
+    By way of logarithms, as :func:`_power` does it.
+    """
+    counts, means = [], []
+    for i, t in enumerate(tensors):
+        x = rows_of(t.detach()).double().abs()
+        kept = torch.ones_like(x, dtype=torch.bool) if within is None else rows_of(within[i])
+        x = torch.where(kept, x, 0.0)
+        count = kept.sum(dim=1)
+        largest = x.amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
+        regular = (largest > 0) & (largest < float("inf"))
+        top = torch.where(regular, largest, 1.0)
+        columns = []
+        for exponent in p:
+            terms = (exponent * (x.log2() - top.log2()[:, None])).exp2().sum(dim=1)
+            mean = ((terms / count).log2() / exponent + top.log2()).exp2()
+            columns.append(torch.where(regular, mean, largest))
+        counts.append(count)
+        means.append(torch.stack(columns, dim=1) if p else x.new_zeros(x.shape[0], 0))
+    return torch.cat(counts), torch.cat(means)
 
 
 def _power(x: Tensor, p: float) -> tuple[Tensor, Tensor, Tensor]:
