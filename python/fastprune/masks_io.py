@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from fastprune.files import write_atomically
 
 FORMAT = "fastprune.masks"
 VERSION = "1"
@@ -50,7 +50,7 @@ def save(masks: Mapping[str, Tensor], checksum: str, path: str | os.PathLike[str
         "sha256": checksum,
     }
     tensors = {name: mask.cpu().contiguous() for name, mask in masks.items()}
-    _write_atomically(Path(path), safetensors.torch.save(tensors, metadata))
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], str]:
@@ -85,32 +85,3 @@ def _parse(content: bytes) -> tuple[dict[str, Tensor], str]:
         if mask.numel() and int(mask.view(torch.uint8).max()) > 1:
             raise ValueError(f"{name!r} holds bytes that are neither 0 nor 1")
     return {name: tensors[name] for name in names}, metadata["sha256"]
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # Through a symbolic link, as open() would: the link stays, its target is replaced.
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
-    try:
-        # 0o666 less the umask: the permissions that a plain open() gives.
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the new name to disk, where folders can be opened (not on Windows)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

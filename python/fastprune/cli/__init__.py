@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastprune demo``, ``bench``, ``effective`` and ``gpu-check``.
+"""The command line: ``python -m fastprune demo``, ``train``, ``bench``, ``effective``, ...
 
 Each subcommand is a module of this package with ``SUMMARY``, ``add_arguments(parser)`` and
 ``run(args) -> int``; a new one is one more name in ``COMMANDS``.
@@ -16,7 +16,7 @@ from fastprune.cli.common import InterruptedRunError, UsageError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("demo", "bench", "effective", "gpu-check")
+COMMANDS = ("demo", "train", "bench", "effective", "gpu-check")
 """Names of the subcommands, each a module of this package (with _ in place of -)."""
 
 EXIT_USAGE = 2

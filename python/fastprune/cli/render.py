@@ -65,6 +65,15 @@ class Steps:
     ) -> None:
         self._bar.stop()
 
+    def skip(self, steps: int) -> None:
+        """Count steps that an earlier process did."""
+        self._done += steps
+        self._bar.update(self._task, completed=self._done, refresh=True)
+
+    def say(self, line: str) -> None:
+        """A remark, above the bar."""
+        self._bar.console.print(line, soft_wrap=True)
+
     def now(self, what: str) -> None:
         """Say what is being worked on."""
         self._bar.update(self._task, description=what, refresh=True)

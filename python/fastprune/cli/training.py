@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from fastprune import data
-from fastprune.cli.common import Batch
+from fastprune.training.data import Split, accuracy, batches, load_split
+
+__all__ = ["Split", "accuracy", "batches", "fit", "load_split"]
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-
-
-@dataclass(frozen=True)
-class Split:
-    """A data set in memory: inputs (N, ...) and labels (N,)."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-
-def load_split(name: str, split: str) -> Split:
-    """One split of a data set that fits in memory, as tensors."""
-    importlib.import_module("sklearn.datasets")  # fails here rather than inside the loader
-    x, y = data.load(name, None, split).tensors  # type: ignore[attr-defined]
-    return Split(x, y)
-
-
-def batches(split: Split, size: int, seed: int) -> list[Batch]:
-    """The split in an order drawn from ``seed``, cut into full batches; the rest is left out.
-
-    All batches have one size, so that each training step costs the same.
-    """
-    size = min(size, len(split))
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
-    return [(split.x[rows], split.y[rows]) for rows in order.split(size) if len(rows) == size]
 
 
 def fit(
@@ -83,15 +54,3 @@ def fit(
             optimizer.step()
             schedule.step()
         on_epoch()
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, split: Split, batch: int = 500) -> float:
-    """Fraction of samples whose largest logit is the label's; the model's mode is put back."""
-    training = model.training
-    model.eval()
-    right = 0
-    for x, y in zip(split.x.split(batch), split.y.split(batch), strict=True):
-        right += int((model(x).argmax(1) == y).sum())
-    model.train(training)
-    return right / len(split)

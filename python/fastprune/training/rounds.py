@@ -1,0 +1,74 @@
+"""Iterative pruning as the training loop sees it: train, prune, rewind, and again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+import fastprune
+from fastprune.training.methods import Method, Phase, Task
+from fastprune.training.settings import ITERATIVE
+
+SHARE = 0.2
+"""Of what is left, pruned by each round where no sparsity is asked for (paper 004, Table 3)."""
+
+
+class Rounds(Method):
+    """``rounds`` prunings, each followed by a training, or by a test where there is no retraining.
+
+    With a sparsity s, each of R rounds prunes the share 1 - (1 - s)^(1/R) of what is left.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        s = task.settings
+        assert s.rounds is not None
+        self.rounds = s.rounds
+        retrains = s.method != "one-shot-iterative"
+        later = [
+            Phase(f"round {r}", s.epochs if retrains else 1, s.lr, trains=retrains)
+            for r in range(1, s.rounds + 1)
+        ]
+        self.phases[1:1] = later
+
+    def begin(self, phase: int, model: nn.Module, optimizer: Callable[[], Optimizer]) -> Optimizer:
+        """See :class:`Method`."""
+        self.phase = phase
+        self.update = None
+        if phase == 0:
+            self.pruner = self._make(model)
+        elif phase <= self.rounds:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.pruner.prune()
+            for w in caught:
+                self.task.say(f"warning: {w.message}")
+            done = self.pruner.history[-1]
+            union = done.kept + done.removed
+            iou = done.kept / union if union else 1.0
+            self.update = SimpleNamespace(flips=done.removed, iou=iou, error=None)
+        return optimizer()
+
+    def resume(self, phase: int, model: nn.Module, optimizer: Callable[[], Optimizer]) -> Optimizer:
+        """See :class:`Method`."""
+        self.phase = phase
+        self.pruner = self._make(model)
+        return optimizer()
+
+    def check(self, model: nn.Module, optimizer: Callable[[], Optimizer]) -> None:
+        """See :class:`Method`."""
+        self._make(model)
+
+    def _make(self, model: nn.Module) -> Any:
+        s = self.task.settings
+        kind = getattr(fastprune, ITERATIVE[s.method])
+        options: dict[str, Any] = {} if s.scope is None else {"scope": s.scope}
+        if s.method != "sap":
+            share = SHARE if s.sparsity is None else 1 - (1 - s.sparsity) ** (1 / self.rounds)
+            options["fraction"] = share
+        return kind(model, **options)
