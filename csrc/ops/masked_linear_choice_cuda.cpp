@@ -15,19 +15,21 @@ struct Rule {
 
 constexpr int64_t kAnyBatch = int64_t{1} << 62;
 
-// By analysis (bytes, shared memory and matrix rate of an H200); not yet measured on a GPU.
-// half, batch 1: deltas are 3 d bytes per weight and bitmaps 2 d + 0.13, equal at d = 0.13, but
-// expanding bitmaps takes about as many instructions at any density (kernels/README.md). The
-// activations that deltas gather per entry cost them more with the batch. From a batch of 64 on the
-// matrix rate of fragments that warps load stands against dense.
+// By analysis (bytes, instructions, shared memory and matrix rate of an H200: kernels/README.md);
+// not yet measured on a GPU. half: deltas are 3 d bytes per weight, up to d = 0.5 less than the
+// 4 d - 2 d^2 + 0.07 of tiles, but the activations that they gather for each entry cost them more
+// with the batch: equal at d = 0.2 for a batch of 8, while 16 rows take as long to stage as tiles
+// take for all of it. Tiles beat dense at most by 1.5 at d = 0.4 and by 1.3 at 0.5. From a batch of
+// 64 on shared memory, the matrix rate of fragments that warps load, and partial sums (about 4 us
+// of dense's 31 at 8192 x 8192) stand against dense.
 constexpr Rule kRules[] = {
-    {Kind::half, 2, 0.25, CudaForm::deltas},
-    {Kind::half, 8, 0.12, CudaForm::deltas},
-    {Kind::half, 8, 0.65, CudaForm::bitmap},
-    {Kind::half, 16, 0.12, CudaForm::deltas},
-    {Kind::half, 32, 0.06, CudaForm::deltas},
-    {Kind::half, 32, 0.60, CudaForm::tensor_core},
-    {Kind::half, 64, 0.50, CudaForm::tensor_core},
+    {Kind::half, 2, 0.45, CudaForm::deltas},
+    {Kind::half, 4, 0.30, CudaForm::deltas},
+    {Kind::half, 8, 0.18, CudaForm::deltas},
+    {Kind::half, 8, 0.45, CudaForm::bitmap},
+    {Kind::half, 16, 0.03, CudaForm::deltas},
+    {Kind::half, 32, 0.45, CudaForm::tensor_core},
+    {Kind::half, 64, 0.25, CudaForm::tensor_core},
     {Kind::half, kAnyBatch, 0.04, CudaForm::panel},
     {Kind::tf32, 4, 0.60, CudaForm::deltas},
     {Kind::tf32, 8, 0.40, CudaForm::deltas},

@@ -66,24 +66,26 @@ Structure deltas_structure(const LinearSource& s) {
   return structure;
 }
 
-// structure: words, first values.
+// structure: heads, first pieces.
+TilesView tiles_shape(const LinearSource& s) {
+  return TilesView{s.rows(), s.cols(), s.dtype == DType::f32 ? 1 : 2, nullptr, nullptr};
+}
+
 TilesView tiles_view(const LinearSource& s, const Structure& structure) {
-  return TilesView{s.rows(), s.cols(), data<const uint32_t>(structure[0]),
-                   data<const int64_t>(structure[1])};
+  TilesView view = tiles_shape(s);
+  view.heads = data<const uint32_t>(structure[0]);
+  view.start = data<const int64_t>(structure[1]);
+  return view;
 }
 
 Structure tiles_structure(const LinearSource& s) {
-  const TilesView shape{s.rows(), s.cols(), nullptr, nullptr};
-  const int64_t n = checked_product(shape.strips(), shape.groups(), s.op);
-  Tensor words = new_words(s.weight, checked_product(n, 32, s.op), ScalarType::Int);
-  Structure structure;
-  with_mask(s, [&](const BitMatrix& mask) {
-    structure = {words, bounds_of(s, n, [&](uint32_t* counts) {
-                   return tiles_words(mask, s.dtype == DType::f32, data<uint32_t>(words), counts,
-                                      s.call.stream());
-                 })};
-  });
-  return structure;
+  const TilesView shape = tiles_shape(s);
+  const int64_t n = checked_product(shape.bands(), shape.groups(), s.op);
+  Tensor heads = new_words(s.weight, checked_product(n, kHeadWords, s.op), ScalarType::Int);
+  return {heads, bounds_of(s, n, [&](uint32_t* pieces) {
+            return tiles_heads(shape, s.plan.bits(), s.transposed, data<uint32_t>(heads), pieces,
+                               s.call.stream());
+          })};
 }
 
 }  // namespace
@@ -111,12 +113,12 @@ TilesWeight tiles_weight(const LinearSource& s) {
   const FormMaker maker{
       [&] { return tiles_structure(s); },
       [&] {
-        const int64_t tail = kTilesTail / static_cast<int64_t>(s.weight.element_size());
-        return new_words(s.weight, s.plan.nnz() + tail, s.weight.scalar_type());
+        return new_words(s.weight, tiles_value_bytes(tiles_shape(s), s.plan.nnz()),
+                         ScalarType::Byte);
       },
       [&](const FormTensors& t) {
-        check_launch(tiles_values(tiles_view(s, t.structure), s.dtype, s.weight.const_data_ptr(),
-                                  s.row_stride(), s.col_stride(), t.values->mutable_data_ptr(),
+        check_launch(tiles_values(tiles_view(s, t.structure), s.dtype, s.plan.bits(), s.transposed,
+                                  s.weight.const_data_ptr(), t.values->mutable_data_ptr(),
                                   s.call.limits(), s.call.stream()),
                      s.op);
       }};

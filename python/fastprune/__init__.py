@@ -25,7 +25,18 @@ from fastprune import (  # noqa: E402
 )
 from fastprune.build import build_info  # noqa: E402
 from fastprune.convert import accelerate, finalize  # noqa: E402
-from fastprune.dynamic import DPF, Incremental, MaskUpdate, OneShot  # noqa: E402
+from fastprune.dynamic import (  # noqa: E402
+    DPF,
+    DSR,
+    SET,
+    SFP,
+    FeedbackCompression,
+    Incremental,
+    MaskUpdate,
+    OneShot,
+    RigL,
+    SparseMomentum,
+)
 from fastprune.effective import (  # noqa: E402
     effective_compression,
     effective_masks,
@@ -74,7 +85,11 @@ __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "DPF",
+    "DSR",
     "SAP",
+    "SET",
+    "SFP",
+    "FeedbackCompression",
     "Incremental",
     "IterativePruning",
     "KeptScores",
@@ -89,6 +104,8 @@ __all__ = [
     "Pattern",
     "Pruner",
     "Report",
+    "RigL",
+    "SparseMomentum",
     "SparsityIndex",
     "TensorStatistics",
     "accelerate",

@@ -49,7 +49,7 @@ def mask_layers_(
         TypeError, ValueError: a mask fits no parameter; a weight belongs to a layer that is
             neither ``nn.Linear`` nor ``nn.Conv2d``, or is parametrized. The message names it.
     """
-    users = {name: _users(model, name, w) for name, w, _ in match(model, readable(masks))}
+    users = {name: users_of(model, name, w) for name, w, _ in match(model, readable(masks))}
     for name, layers in users.items():
         for layer in layers:
             mask = readable(masks)[name]
@@ -88,7 +88,7 @@ def unmask_layer_(layer: MaskedLayer) -> None:
     layer.__class__ = _DENSE[type(layer)]  # type: ignore[assignment]
 
 
-def _users(model: nn.Module, name: str, weight: Tensor) -> list[nn.Module]:
+def users_of(model: nn.Module, name: str, weight: Tensor) -> list[nn.Module]:
     """The layers that multiply by a weight; an error if one of them cannot be masked."""
     found = []
     for owner, layer in model.named_modules():

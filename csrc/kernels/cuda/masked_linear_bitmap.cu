@@ -6,246 +6,199 @@
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;  // one strip per warp
-constexpr int kGroupElements = static_cast<int>(kStripRows * kGroupCols);
 constexpr int64_t kTargetBlocks = 264;  // two for each of 132 multiprocessors
-constexpr int64_t kLeastGroups = 8;     // of a split
+constexpr int64_t kLeastCols = 256;     // of a split
+constexpr int64_t kMostGroups = 32;     // of a split: a lane knows where each ends
 
-// What a block keeps in shared memory: a ring of stages, each one group of columns.
+// Blocks: (kWarps bands) x (splits of the groups) x (8 NT activation rows). Writes partial sums,
+// [split][band row][activation row]; blocks of the first bands also look for what is not finite.
 template <typename T, int NT>
-struct Stages {
-  static constexpr int kCount = sizeof(T) == 2 ? 4 : 3;
-  static constexpr int kBatch = 8 * NT;
-  // Rows of x lie 16 bytes apart in the banks, so that fragments are read without conflicts.
-  static constexpr int kPitch = static_cast<int>(kGroupCols) + 16 / static_cast<int>(sizeof(T));
-  static constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));  // elements of 16 bytes
-  // Threads across the columns of a stage of x, and rows that the block copies at a time.
-  static constexpr int kAcross = static_cast<int>(kGroupCols) / kPerPiece;
-  static constexpr int kRowStep = kThreads / kAcross;
-  // A dense group, and what copies of 16 aligned bytes bring before and behind it.
-  static constexpr int kValues = kGroupElements + 2 * kPerPiece;
-  static constexpr int kXBytes = kCount * kBatch * kPitch * static_cast<int>(sizeof(T));
-  static constexpr int kValueBytes = kCount * kWarps * kValues * static_cast<int>(sizeof(T));
-  static constexpr int kWordBytes = kCount * kWarps * 32 * 4;
-  static constexpr int kBytes = kXBytes + kValueBytes + kWordBytes + (kCount * kWarps + kBatch) * 4;
-};
-
-// Copies a 16-byte piece of x: 8 or 4 columns of one activation row, of which `left` exist.
-template <typename T>
-__device__ __forceinline__ void copy_piece(const T* x, const T* from, int left, bool aligned,
-                                           T* to) {
+__global__ void __launch_bounds__(kThreads, 2)
+    product_kernel(TilesView w, int64_t bands, int64_t groups, const char* values, const T* x,
+                   int64_t batch, uint32_t ring_bytes, float* partial, uint32_t* flags) {
+  using S = Stages<NT>;
   constexpr int kPerPiece = 16 / static_cast<int>(sizeof(T));
-  const int n = left < 0 ? 0 : left < kPerPiece ? left : kPerPiece;
-  if (aligned) {
-    copy_async<16>(to, n == 0 ? x : from, n * static_cast<int>(sizeof(T)));
-  } else {
-    for (int i = 0; i < kPerPiece; ++i) to[i] = i < n ? from[i] : T{};
-  }
-}
-
-// The bits of a 16-bit value at `at` in shared memory, where `kept`: then `at` moves on. By hand:
-// the compiler copies a pointer that moves under a condition once more for each element, and
-// instructions are what bounds this kernel. (Not volatile: what is read follows from the words that
-// were read behind the same barrier.)
-#if defined(__CUDACC__)
-__device__ __forceinline__ uint32_t next_kept(uint32_t& at, uint32_t kept) {
-  uint32_t value = 0;
-  asm("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.shared.u16 %0, [%1]; @p add.u32 %1, %1, 2; }"
-      : "+r"(value), "+r"(at)
-      : "r"(kept));
-  return value;
-}
-#else
-template <typename T>
-uint32_t next_kept(const T*& at, uint32_t kept) {
-  return kept != 0 ? (at++)->bits : 0;
-}
-template <typename T>
-const T* shared_address(const T* at) {
-  return at;
-}
-#endif
-
-// A lane's elements of a tile: four registers of a fragment of 16-bit elements, or eight of two
-// fragments of tf32.
-template <typename T>
-__device__ __forceinline__ void decode(uint32_t bits, const T* values, uint32_t* a) {
-  if constexpr (sizeof(T) == 2) {
-    auto at = shared_address(values);
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const uint32_t low = next_kept(at, bits & 1u << (2 * r));
-      const uint32_t high = next_kept(at, bits & 2u << (2 * r));
-      a[r] = __byte_perm(low, high, 0x5410);
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      float value = 0;
-      if ((bits >> e & 1u) != 0) value = *values++;
-      a[e] = __float_as_uint(value);
-    }
-  }
-}
-
-template <typename T, int NT>
-__device__ __forceinline__ void multiply_tile(const uint32_t* a, const T* x, int tile,
-                                              float (&sum)[NT][4]) {
-  using S = Stages<T, NT>;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t fragment[4] = {a[0], a[1], a[2], a[3]};
-    if constexpr (NT == 1) {
-      uint32_t b[2];
-      load_matrices<T, false, 2>(b, x + lane % 8 * S::kPitch + 16 * tile + 8 * (lane / 8 % 2));
-      multiply_fragments<T>(sum[0], fragment, b);
-    } else {
-#pragma unroll
-      for (int j = 0; j < NT; j += 2) {
-        uint32_t b[4];
-        const int row = 8 * (j + lane / 16) + lane % 8;
-        load_matrices<T, false, 4>(b, x + row * S::kPitch + 16 * tile + 8 * (lane / 8 % 2));
-        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-        multiply_fragments<T>(sum[j], fragment, first);
-        multiply_fragments<T>(sum[j + 1], fragment, second);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint32_t fragment[4] = {a[4 * h], a[4 * h + 1], a[4 * h + 2], a[4 * h + 3]};
-#pragma unroll
-      for (int j = 0; j < NT; ++j) {
-        const T* at = x + (8 * j + lane / 4) * S::kPitch + 16 * tile + 8 * h + lane % 4;
-        const uint32_t b[2] = {to_tf32(at[0]), to_tf32(at[4])};
-        multiply_fragments_tf32(sum[j], fragment, b);
-      }
-    }
-  }
-}
-
-// Blocks: (kWarps strips) x (splits of the groups) x (8 NT activation rows). Writes partial sums,
-// [split][strip row][activation row]; blocks of the first strips also look for what is not finite.
-template <typename T, int NT>
-__global__ void __launch_bounds__(kThreads)
-    product_kernel(TilesView w, int64_t strips, int64_t groups, const T* values, const T* x,
-                   int64_t batch, float* partial, uint32_t* flags) {
-  using S = Stages<T, NT>;
-  auto* xs = shared_memory<T>();
-  T* all_values = xs + S::kXBytes / sizeof(T);
-  auto* all_words = reinterpret_cast<uint32_t*>(all_values + S::kValueBytes / sizeof(T));
-  // Values of a group before the first one of a stage: the copies are aligned, it is not.
-  auto* skews = reinterpret_cast<int*>(all_words + S::kWordBytes / 4);    // kCount * kWarps
-  auto* found = reinterpret_cast<uint32_t*>(skews + S::kCount * kWarps);  // kBatch
+  constexpr int kGroupCols = kRowBytes / static_cast<int>(sizeof(T));
+  // Threads across the columns of a stage of x, and rows that the block copies at a time.
+  constexpr int kAcross = kRowBytes / 16, kRowStep = kThreads / kAcross;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-  const int64_t strip = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  const bool exists = strip < strips;
-  const int64_t first = groups * blockIdx.y / gridDim.y,
-                end = groups * (blockIdx.y + 1) / gridDim.y;
+  char* xs = shared_memory<char>();
+  auto* places = reinterpret_cast<uint2*>(xs + S::kXBytes) + warp * kPlaces;
+  auto* found = reinterpret_cast<uint32_t*>(xs + S::kXBytes + S::kPlaceBytes);
+  char* ring = xs + S::kFixedBytes + warp * static_cast<int>(ring_bytes);
+  const int64_t band = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  const int64_t read_band = band < bands ? band : bands - 1;  // one too many does as the last one
+  const int64_t first = groups * blockIdx.y / gridDim.y;
+  const int count = static_cast<int>(groups * (blockIdx.y + 1) / gridDim.y - first);
   const int64_t batch_begin = static_cast<int64_t>(blockIdx.z) * S::kBatch;
-  const bool aligned = w.cols % S::kPerPiece == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const bool aligned = w.cols % kPerPiece == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
   const bool looks = blockIdx.x == 0;
   if (looks) {
     if (threadIdx.x < S::kBatch) found[threadIdx.x] = 0;
     __syncthreads();
   }
-  // This thread's pieces of x: one in every kRowStep rows, from x_row on.
-  const int x_row = static_cast<int>(threadIdx.x) / S::kAcross;
-  const int x_col = static_cast<int>(threadIdx.x) % S::kAcross * S::kPerPiece;
+  // This thread's pieces of x: one in every kRowStep rows, from x_row on, which has x_rows left.
+  const int x_row = static_cast<int>(threadIdx.x) / kAcross;
+  const int x_piece = static_cast<int>(threadIdx.x) % kAcross;
   const int x_rows =
-      static_cast<int>(batch - batch_begin < S::kBatch ? batch - batch_begin : S::kBatch);
-  const T* x_from = x + (batch_begin + x_row) * w.cols + first * kGroupCols + x_col;
-  int x_left = static_cast<int>(w.cols - first * kGroupCols) - x_col;
-  // Lane i holds the first value of group i, counted from the last multiple of 32 groups, in values
-  // from the last aligned one before the strip.
-  const int64_t* start = w.start + strip * groups;
-  const uint32_t* words_from = w.words + (strip * groups + first) * 32 + lane;
-  int64_t aligned_start = 0;
-  uint32_t starts = 0, next_starts = 0;
-  const auto load_starts = [&](int64_t g) {
-    return static_cast<uint32_t>(start[g + lane < groups ? g + lane : groups] - aligned_start);
-  };
-  if (exists) {
-    aligned_start = start[0] / S::kPerPiece * S::kPerPiece;
-    starts = load_starts(first);
-    next_starts = load_starts(first + 32);
-  }
-  const T* strip_values = values + aligned_start;
-  int issued = 0, into = 0;  // stages, and the slot of the next
-  const auto issue = [&] {
-    if (first + issued < end) {
-      T* x_to = xs + into * S::kBatch * S::kPitch + x_col;
+      static_cast<int>(batch - batch_begin < S::kBatch ? batch - batch_begin : S::kBatch) - x_row;
+  const T* x_from = x + (batch_begin + x_row) * w.cols + first * kGroupCols + x_piece * kPerPiece;
+  int x_left = static_cast<int>(w.cols - first * kGroupCols) - x_piece * kPerPiece;
+  const int x_to = x_row * S::kPitch + x_piece * 16;
+  // Lane i holds the piece after group i, in pieces from the split's first.
+  const int64_t* start = w.start + read_band * groups + first;
+  const int64_t origin = start[0];
+  const auto ends = static_cast<uint32_t>(start[lane < count ? lane + 1 : count] - origin);
+  const char* heads_from =
+      reinterpret_cast<const char*>(w.heads + (read_band * groups + first) * kHeadWords) +
+      lane * 16;
+  const char* values_from = values + origin * kPieceBytes + lane * 16;
+  // Groups whose copies were started; where the next one's values begin, and where it goes.
+  int issued = 0;
+  uint32_t begin = 0;
+  RingPlace next{0, 0};
+  // Bit i: whether, i + 1 fills ago, all groups that were wanted were started.
+  uint32_t in_time = 0;
+  // Starts the next group's copies, where there is room beside the groups from `read` on. Room is
+  // counted in larger units: groups of much the same size then fit into each other's places.
+  const auto start_group = [&](uint32_t read) {
+    const uint32_t after = __shfl_sync(kAllLanes, ends, issued);
+    const uint32_t bytes = (after - begin) * static_cast<uint32_t>(kPieceBytes);
+    const uint32_t room = (bytes + kHeadBytes + kRoomBytes - 1) / kRoomBytes * kRoomBytes;
+    RingPlace place = next;
+    if (place.offset + room > ring_bytes)
+      place = RingPlace{0, next.passed + ring_bytes - next.offset};
+    if (place.passed + room - read > ring_bytes) return false;
+    if (lane == 0) places[issued % kPlaces] = make_uint2(place.offset, place.passed);
+    char* to = ring + place.offset + lane * 16;
+    if (lane < kHeadBytes / 16) copy_async<16>(to, heads_from);
+    // Copies stand together, for before each run of them the compiler puts three instructions.
+    const char* from = values_from;
+    to += kHeadBytes;
+#pragma unroll 1
+    for (auto at = static_cast<uint32_t>(lane) * 16; at < bytes; at += 4 * kWarpBytes) {
+      copy_async<16>(to, from);
 #pragma unroll
-      for (int r = 0; r < S::kBatch; r += S::kRowStep) {
-        const int row = x_row + r;
-        if (row < S::kBatch) {
-          copy_piece(x, x_from + r * w.cols, row < x_rows ? x_left : 0, aligned,
-                     x_to + row * S::kPitch);
+      for (uint32_t i = 1; i < 4; ++i) {
+        if (at + i * kWarpBytes < bytes) copy_async<16>(to + i * kWarpBytes, from + i * kWarpBytes);
+      }
+      to += 4 * kWarpBytes;
+      from += 4 * kWarpBytes;
+    }
+    heads_from += kHeadBytes;
+    values_from += bytes;
+    next = RingPlace{place.offset + room, place.passed + room};
+    begin = after;
+    ++issued;
+    return true;
+  };
+  // Starts the copies that are wanted while group g is read, which `read` bytes came before.
+  const auto fill = [&](int g, int into, uint32_t read) {
+    if (g + S::kAhead < count && x_row < S::kBatch) {
+      char* to = xs + into * S::kStageBytes + x_to;
+      const T* from = x_from;
+#pragma unroll
+      for (int r = 0; r < S::kBatch; r += kRowStep) {
+        if (aligned) {
+          copy_async_or_zero<16>(to, from, x_left > 0 && r < x_rows);
+        } else {
+          copy_piece(from, r < x_rows ? x_left : 0, reinterpret_cast<T*>(to));
         }
+        from += kRowStep * w.cols;
+        to += kRowStep * S::kPitch;
       }
       x_from += kGroupCols;
-      x_left -= static_cast<int>(kGroupCols);
-      if (exists) {
-        const int i = issued % 32;
-        const uint32_t from = __shfl_sync(kAllLanes, starts, i);
-        const uint32_t after = __shfl_sync(kAllLanes, i == 31 ? next_starts : starts, (i + 1) % 32);
-        const uint32_t begin = from / S::kPerPiece * S::kPerPiece;
-        const int slot = into * kWarps + warp;
-        if (lane == 0) skews[slot] = static_cast<int>(from - begin);
-        const int n = static_cast<int>(after - begin);
+      x_left -= kGroupCols;
+    }
+    const int wanted = g + 1 + S::kAhead < count ? g + 1 + S::kAhead : count;
 #pragma unroll 1
-        for (int v = lane * S::kPerPiece; v < n; v += 32 * S::kPerPiece) {
-          copy_async<16>(all_values + slot * S::kValues + v, strip_values + begin + v);
-        }
-        copy_async<4>(all_words + slot * 32 + lane, words_from);
-        words_from += 32;
-        if (i == 31) {
-          starts = next_starts;
-          next_starts = load_starts(first + issued + 33);
-        }
-      }
+    while (issued < wanted && start_group(read)) {
     }
+    in_time = in_time << 1 | (issued == wanted ? 1u : 0u);
     commit_copies();
-    ++issued;
-    into = into + 1 == S::kCount ? 0 : into + 1;
   };
-  float sum[NT][4] = {};
-  for (int i = 0; i < S::kCount - 1; ++i) issue();
+  float sum[2][NT][4] = {};
+#pragma unroll 1
+  for (int g = -S::kAhead; g < 0; ++g) fill(g, g + S::kAhead, 0);
   int slot = 0;
-  for (int64_t g = first; g < end; ++g, slot = slot + 1 == S::kCount ? 0 : slot + 1) {
-    wait_for_copies<S::kCount - 2>();
-    if (looks) {
-      for (int row = x_row; row < S::kBatch; row += S::kRowStep) {  // what it copied itself
-        const T* at = xs + (slot * S::kBatch + row) * S::kPitch + x_col;
-        bool bad = false;
-        for (int i = 0; i < S::kPerPiece; ++i) bad = bad || not_finite(at[i]);
-        if (bad) atomicOr(&found[row], 1u);
+  for (int g = 0; g < count; ++g) {
+    if ((in_time >> (S::kAhead - 1) & 1u) != 0) {
+      wait_for_copies<S::kAhead - 1>();
+    } else {
+      if (issued == g) {  // it did not fit beside the group before
+        __syncwarp();
+        next.offset = 0;
+        start_group(next.passed);
+        commit_copies();
+      }
+      wait_for_copies<0>();
+    }
+    char* x_stage = xs + slot * S::kStageBytes;
+    if (looks && x_row < S::kBatch) {
+#pragma unroll
+      for (int r = 0; r < S::kBatch; r += kRowStep) {  // what it copied itself
+        const uint4 v = *reinterpret_cast<const uint4*>(x_stage + x_to + r * S::kPitch);
+        if ((not_finite_bits<T>(v.x) | not_finite_bits<T>(v.y) | not_finite_bits<T>(v.z) |
+             not_finite_bits<T>(v.w)) != 0) {
+          atomicOr(&found[x_row + r], 1u);
+        }
       }
     }
-    __syncthreads();  // copies of this stage are there; all are done with the stage before
-    issue();
-    if (!exists) continue;
-    const uint32_t word = all_words[(slot * kWarps + warp) * 32 + lane];
-    const GroupStarts at = group_starts(word);
-    const T* mine = all_values + (slot * kWarps + warp) * S::kValues + skews[slot * kWarps + warp];
+    __syncthreads();  // copies for this group are there; all are done with the group before
+    const uint2 place = places[g % kPlaces];
+    fill(g, slot == 0 ? S::kCount - 1 : slot - 1, place.y);
+    slot = slot + 1 == S::kCount ? 0 : slot + 1;
+    const char* mine = ring + place.x;
+    uint2 head = *reinterpret_cast<const uint2*>(mine + lane * 8);
+    const auto kept = static_cast<uint32_t>(__popc(head.x));
+    const uint32_t before = sum_before_lane(kept + static_cast<uint32_t>(__popc(head.y)));
+    auto at = shared_address(mine + kHeadBytes + 4 * before);
+    auto second = at + 4 * kept;
+#pragma unroll 1
+    for (int from = 0; from < 8; from += S::kUnrolled) {
+      uint32_t b[4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      uint32_t a[sizeof(T) == 2 ? 4 : 8];
-      decode(word >> (8 * q) & 255u, mine + at.at[q], a);
-      multiply_tile<T, NT>(a, xs + slot * S::kBatch * S::kPitch, q, sum);
+      for (int step = 0; step < S::kUnrolled; ++step) {
+        uint32_t a[2][4];
+        kept_words(a[0], at, head.x, 4 * step);
+        kept_words(a[1], second, head.y, 4 * step);
+        if constexpr (NT == 1) {
+          if (step % 2 == 0) load_x<T, NT>(b, x_stage, step, 0);
+          const int half = step % 2 * 2;
+          multiply_step<T>(sum[0][0], a[0], b[half], b[half + 1]);
+          multiply_step<T>(sum[1][0], a[1], b[half], b[half + 1]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < NT; j += 2) {
+            load_x<T, NT>(b, x_stage, step, j);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              multiply_step<T>(sum[0][j + i], a[0], b[2 * i], b[2 * i + 1]);
+              multiply_step<T>(sum[1][j + i], a[1], b[2 * i], b[2 * i + 1]);
+            }
+          }
+        }
+      }
+      if constexpr (S::kUnrolled < 8) {
+        head.x >>= 4 * S::kUnrolled;
+        head.y >>= 4 * S::kUnrolled;
+        x_stage += 32 * S::kUnrolled;
+      }
     }
   }
   wait_for_copies<0>();
-  if (exists) {
+  if (band < bands) {
     const int64_t width = static_cast<int64_t>(gridDim.z) * S::kBatch;
-    float* to = partial + (blockIdx.y * strips + strip) * kStripRows * width + batch_begin;
-    const int g = lane / 4, t = lane % 4;
+    float* to = partial + (blockIdx.y * bands + band) * kBandRows * width + batch_begin +
+                lane / 4 * width + lane % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < NT; ++j) {
-      *reinterpret_cast<float2*>(to + g * width + 8 * j + 2 * t) =
-          make_float2(sum[j][0], sum[j][1]);
-      *reinterpret_cast<float2*>(to + (g + 8) * width + 8 * j + 2 * t) =
-          make_float2(sum[j][2], sum[j][3]);
+    for (int i = 0; i < 4; ++i) {  // rows eight apart
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+        const float (&c)[4] = sum[i / 2][j];
+        *reinterpret_cast<float2*>(to + 8 * i * width + 8 * j) =
+            make_float2(c[i % 2 * 2], c[i % 2 * 2 + 1]);
+      }
     }
   }
   if (looks) {
@@ -260,25 +213,27 @@ __global__ void __launch_bounds__(kThreads)
 // activation rows.
 template <typename T>
 __global__ void finish_kernel(ExactRows e, Finish f, const float* partial, const uint32_t* flags,
-                              int64_t splits, int64_t strip_rows, int64_t width, T* y) {
+                              int64_t splits, int64_t padded_rows, int64_t width, T* y) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t rows = e.transposed ? e.mask.cols : e.mask.rows;
   const int64_t base = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x - lane;
   const int64_t row = base + lane, n0 = 4 * static_cast<int64_t>(blockIdx.y);
+  const int64_t read_row = row < rows ? row : 0;
   float sum[4] = {};
-  uint32_t flagged = 0;
-  for (int64_t s = 0; s < splits; ++s) {
-    for (int i = 0; i < 4; ++i) {
-      if (flags[s * width + n0 + i] != 0) flagged |= 1u << i;
-    }
-    if (row >= rows) continue;
+  uint4 any = make_uint4(0, 0, 0, 0);
+#pragma unroll 8
+  for (int64_t s = 0; s < splits; ++s) {  // loads of several splits are under way at once
+    const uint4 flag = *reinterpret_cast<const uint4*>(flags + s * width + n0);
     const float4 part =
-        *reinterpret_cast<const float4*>(partial + (s * strip_rows + row) * width + n0);
+        *reinterpret_cast<const float4*>(partial + (s * padded_rows + read_row) * width + n0);
+    any = make_uint4(any.x | flag.x, any.y | flag.y, any.z | flag.z, any.w | flag.w);
     sum[0] += part.x;
     sum[1] += part.y;
     sum[2] += part.z;
     sum[3] += part.w;
   }
+  const uint32_t flagged = (any.x != 0 ? 1u : 0u) | (any.y != 0 ? 2u : 0u) |
+                           (any.z != 0 ? 4u : 0u) | (any.w != 0 ? 8u : 0u);
   const T* residual = static_cast<const T*>(f.residual);
   for (int i = 0; i < 4 && n0 + i < e.batch; ++i) {
     if ((flagged >> i & 1u) != 0) {
@@ -297,20 +252,23 @@ __global__ void finish_kernel(ExactRows e, Finish f, const float* partial, const
 template <typename T, int NT>
 cudaError_t product(const TilesArgs& a, const TilesCut& cut, cudaStream_t stream) {
   const TilesView& w = a.weight;
-  cudaError_t error =
-      launch(product_kernel<T, NT>,
-             dim3(static_cast<unsigned>(cut.row_blocks), static_cast<unsigned>(cut.splits),
-                  static_cast<unsigned>(cut.batch_blocks)),
-             dim3(kThreads), static_cast<size_t>(Stages<T, NT>::kBytes), stream, w, w.strips(),
-             w.groups(), static_cast<const T*>(a.values), static_cast<const T*>(a.exact.x),
-             a.exact.batch, a.partial, a.flags);
+  DeviceLimits limits;
+  cudaError_t error = device_limits(&limits);
+  if (error != cudaSuccess) return error;
+  const int ring = Stages<NT>::ring_bytes(limits.shared_bytes);
+  error = launch(product_kernel<T, NT>,
+                 dim3(static_cast<unsigned>(cut.row_blocks), static_cast<unsigned>(cut.splits),
+                      static_cast<unsigned>(cut.batch_blocks)),
+                 dim3(kThreads), static_cast<size_t>(Stages<NT>::kFixedBytes + kWarps * ring),
+                 stream, w, w.bands(), w.groups(), static_cast<const char*>(a.values),
+                 static_cast<const T*>(a.exact.x), a.exact.batch, static_cast<uint32_t>(ring),
+                 a.partial, a.flags);
   if (error != cudaSuccess) return error;
   return launch(finish_kernel<T>,
                 dim3(static_cast<unsigned>((w.rows + kThreads - 1) / kThreads),
                      static_cast<unsigned>((a.exact.batch + 3) / 4)),
                 dim3(kThreads), 0, stream, a.exact, a.finish, a.partial, a.flags, cut.splits,
-                w.strips() * kStripRows, cut.batch_blocks * Stages<T, NT>::kBatch,
-                static_cast<T*>(a.y));
+                w.bands() * kBandRows, cut.batch_blocks * Stages<NT>::kBatch, static_cast<T*>(a.y));
 }
 
 template <typename T>
@@ -322,12 +280,11 @@ cudaError_t product_of(const TilesArgs& a, cudaStream_t stream) {
                             : product<T, 8>(a, cut, stream);
 }
 
-template <typename T>
-int64_t bytes_for(int columns) {
-  return columns == 1   ? Stages<T, 1>::kBytes
-         : columns == 2 ? Stages<T, 2>::kBytes
-         : columns == 4 ? Stages<T, 4>::kBytes
-                        : Stages<T, 8>::kBytes;
+int ring_for(int columns, int shared_bytes) {
+  return columns == 1   ? Stages<1>::ring_bytes(shared_bytes)
+         : columns == 2 ? Stages<2>::ring_bytes(shared_bytes)
+         : columns == 4 ? Stages<4>::ring_bytes(shared_bytes)
+                        : Stages<8>::ring_bytes(shared_bytes);
 }
 
 int columns_for(int64_t batch) { return batch <= 8 ? 1 : batch <= 16 ? 2 : batch <= 32 ? 4 : 8; }
@@ -337,18 +294,19 @@ int columns_for(int64_t batch) { return batch <= 8 ? 1 : batch <= 16 ? 2 : batch
 TilesCut tiles_cut(const TilesView& view, int64_t batch) {
   TilesCut cut;
   cut.columns = columns_for(batch);
-  cut.row_blocks = (view.strips() + kWarps - 1) / kWarps;
+  cut.row_blocks = (view.bands() + kWarps - 1) / kWarps;
   cut.batch_blocks = (batch + 8 * cut.columns - 1) / (8 * cut.columns);
   // Splits cost a partial sum each; without them few rows leave most of a GPU idle, and the last
   // wave of blocks some of it.
-  const int64_t most = view.groups() / kLeastGroups;
+  const int64_t blocks_each = cut.row_blocks * cut.batch_blocks;
+  const int64_t least = (view.groups() + kMostGroups - 1) / kMostGroups;
   double best = -1e9;
-  cut.splits = 1;
-  for (int64_t s = 1; s <= most || s == 1; ++s) {
-    const int64_t blocks = cut.row_blocks * cut.batch_blocks * s;
-    const int64_t waves = (blocks + kTargetBlocks - 1) / kTargetBlocks;
-    const double use = static_cast<double>(blocks) / static_cast<double>(waves * kTargetBlocks);
-    const double worth = use - 0.02 * static_cast<double>(s);
+  cut.splits = least;
+  for (int64_t s = least; s <= view.cols / kLeastCols || s == least; ++s) {
+    const int64_t waves = (blocks_each * s + kTargetBlocks - 1) / kTargetBlocks;
+    const double use =
+        static_cast<double>(blocks_each * s) / static_cast<double>(waves * kTargetBlocks);
+    const double worth = use - 0.0003 * static_cast<double>(blocks_each * s);
     if (worth > best) {
       best = worth;
       cut.splits = s;
@@ -356,16 +314,14 @@ TilesCut tiles_cut(const TilesView& view, int64_t batch) {
     if (waves > 8) break;
   }
   const int64_t width = cut.batch_blocks * 8 * cut.columns;
-  cut.partials = cut.splits * view.strips() * kStripRows * width;
+  cut.partials = cut.splits * view.bands() * kBandRows * width;
   cut.flags = cut.splits * width;
   return cut;
 }
 
 bool tiles_fit(DType dtype, int64_t batch, const DeviceLimits& limits) {
   if (dtype == DType::f64 || batch > kTilesMaxBatch) return false;
-  const int columns = columns_for(batch);
-  return (dtype == DType::f32 ? bytes_for<float>(columns) : bytes_for<BFloat16>(columns)) <=
-         limits.shared_bytes;
+  return ring_for(columns_for(batch), limits.shared_bytes) >= kLeastRing;
 }
 
 cudaError_t tiles_product(const TilesArgs& args, cudaStream_t stream) {

@@ -1,10 +1,12 @@
 // A linear product for batches up to about a hundred: loaded as sparse, computed as dense.
 //
-// The weight is cut into strips of 16 rows, a strip into groups of four 16 x 16 tiles, 64 columns.
-// A tile's bits and values are in the order in which tensor cores want it (warp.h): lane i of a
-// warp owns 8 of its elements, byte q of its word of a group says which of them tile q keeps, and
-// the kept values of a strip follow each other by (tile, lane, element). A warp finds a lane's
-// values by summing the bytes' counts, once for four tiles, and fills up with zeros in registers.
+// What is kept or left out is a word of 4 bytes of a row: two neighbouring elements of 16 bits (an
+// absent one beside a present one is stored as 0), or one float32. A band is 32 rows, two strips of
+// 16; a group is 64 words of each of them, 128 or 64 columns. A warp multiplies a group in eight
+// steps: a step is one matrix fragment of either strip (warp.h), four words to a lane. So a lane
+// owns 32 words of each strip in a group, and bit 4 * step + register of its head for that strip
+// says which are kept. The kept words of a group follow each other by (lane, strip, bit): a lane
+// finds its own with one running sum over the lanes, then reads on.
 //
 // Zeros are not what absent weights are where an activation is infinite or NaN: rows of x that hold
 // one are found on the way, and computed from present weights alone (ExactRows) at the end.
@@ -14,40 +16,43 @@
 
 namespace fastprune::FASTPRUNE_CUDA_NAMESPACE {
 
-constexpr int64_t kStripRows = 16, kGroupCols = 64;
+constexpr int64_t kStripRows = 16, kBandRows = 32;
+constexpr int64_t kGroupWords = 64;  // of a row
+constexpr int64_t kHeadWords = 64;   // of a group
 constexpr int64_t kTilesMaxBatch = 128;
-constexpr int64_t kTilesTail = 16;  // bytes behind the values that copies may read
+constexpr int64_t kPieceBytes = 16;  // groups of values begin at whole pieces
 
 struct TilesView {
-  int64_t rows, cols;
-  const uint32_t* words;  // strips() * groups() * 32: of group g of strip s from [(s * groups() +
-                          // g) * 32]
-  const int64_t* start;   // strips() * groups() + 1: first values of the groups
-  int64_t strips() const { return (rows + kStripRows - 1) / kStripRows; }
-  int64_t groups() const { return (cols + kGroupCols - 1) / kGroupCols; }
+  int64_t rows, cols, word_elements;  // 2 of 16 bits, or 1 of float32
+  const uint32_t* heads;  // bands() * groups() * kHeadWords: for group g of band b, bits of lane i
+                          // for strip s at [(b * groups() + g) * kHeadWords + 2 * i + s]
+  const int64_t* start;   // bands() * groups() + 1: first pieces of the groups' values
+  int64_t bands() const { return (rows + kBandRows - 1) / kBandRows; }
+  int64_t group_cols() const { return kGroupWords * word_elements; }
+  int64_t groups() const { return (cols + group_cols() - 1) / group_cols(); }
 };
 
-// Row and column in a tile of a lane's element e: for 16-bit elements (one 16 x 16 fragment), and
-// for float32 as tf32 (two of 16 x 8).
-struct TilePlace {
-  int row, col;
+// Where a lane's word `bit` of a strip is: the row, and the word of that row's 64.
+struct WordPlace {
+  int row, word;
 };
 #if defined(__CUDACC__)
 __host__ __device__
 #endif
-    inline TilePlace tile_place(int lane, int e, bool tf32) {
-  const int g = lane / 4, t = lane % 4;
-  if (tf32) return {g + 8 * (e % 2), 8 * (e / 4) + t + 4 * (e / 2 % 2)};
-  return {g + 8 * (e / 2 % 2), 2 * t + e % 2 + 8 * (e / 4)};
+    inline WordPlace word_place(int lane, int bit) {
+  return {lane / 4 + 8 * (bit % 2), 8 * (bit / 4) + 4 * (bit / 2 % 2) + lane % 4};
 }
 
-// words, and the kept elements of each group. `tf32` fits the form to float32 weights.
-cudaError_t tiles_words(const BitMatrix& mask, bool tf32, uint32_t* words, uint32_t* counts,
-                        cudaStream_t stream);
-// values <- the weight's: element (r, c) is weight[r * row_stride + c * col_stride]; float32 is
-// rounded to tf32. `values` is aligned to 16 bytes and kTilesTail longer than what it holds.
-cudaError_t tiles_values(const TilesView& view, DType dtype, const void* weight, int64_t row_stride,
-                         int64_t col_stride, void* values, const DeviceLimits& limits,
+// heads, and the pieces that each group's values take. transposed: the mask's columns are the
+// view's rows.
+cudaError_t tiles_heads(const TilesView& view, const BitMatrix& mask, bool transposed,
+                        uint32_t* heads, uint32_t* pieces, cudaStream_t stream);
+// The most bytes that values can take.
+int64_t tiles_value_bytes(const TilesView& view, int64_t nnz);
+// values <- the weight's, which is of the mask's size, where the mask keeps it; float32 is rounded
+// to tf32. `values` is aligned to 16 bytes.
+cudaError_t tiles_values(const TilesView& view, DType dtype, const BitMatrix& mask, bool transposed,
+                         const void* weight, void* values, const DeviceLimits& limits,
                          cudaStream_t stream);
 
 struct TilesArgs {

@@ -21,6 +21,10 @@ template <int kBytes>
 void copy_async(void* shared, const void* global, int read = kBytes) {
   emulation::copy_async(shared, global, kBytes, read);
 }
+template <int kBytes>
+void copy_async_or_zero(void* shared, const void* global, bool read) {
+  emulation::copy_async(shared, global, kBytes, read ? kBytes : 0);
+}
 inline void commit_copies() { emulation::commit_copies(); }
 template <int kGroupsLeft>
 void wait_for_copies() {
@@ -98,7 +102,32 @@ inline uint32_t to_tf32(float x) {  // to nearest, ties away from zero
   return (u & 0x7f800000u) == 0x7f800000u ? u : (u + 0x1000u) & 0xffffe000u;
 }
 
+// The sum of the values of the lanes before this one.
+inline uint32_t sum_before_lane(uint32_t value) {
+  uint32_t sum = value;
+  for (int o = 1; o < 32; o *= 2) {
+    const uint32_t other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(o));
+    if (emulation::lane() >= o) sum += other;
+  }
+  return sum - value;
+}
+
 #elif defined(__CUDACC__)
+
+// The sum of the values of the lanes before this one. By hand: a shuffle says whether its source
+// is in the warp, which __shfl_up_sync does not pass on; without it, a step is three instructions.
+__device__ __forceinline__ uint32_t sum_before_lane(uint32_t value) {
+  uint32_t sum = value;
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2) {
+    asm volatile(
+        "{ .reg .pred p; .reg .u32 other; shfl.sync.up.b32 other|p, %0, %1, 0, 0xffffffff; "
+        "@p add.u32 %0, %0, other; }"
+        : "+r"(sum)
+        : "r"(o));
+  }
+  return sum - value;
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -117,6 +146,16 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                  "l"(global), "n"(kBytes), "r"(read)
                  : "memory");
   }
+}
+// The same for 16 bytes, all or none, which takes fewer instructions than a number of bytes.
+template <int kBytes>
+__device__ __forceinline__ void copy_async_or_zero(void* shared, const void* global, bool read) {
+  static_assert(kBytes == 16);
+  asm volatile(
+      "{ .reg .pred p; setp.eq.u32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p; }" ::"r"(
+          shared_address(shared)),
+      "l"(global), "r"(static_cast<uint32_t>(read))
+      : "memory");
 }
 // Closes a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() {

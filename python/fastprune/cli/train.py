@@ -31,8 +31,9 @@ from fastprune.training import settings as defaults
 from fastprune.training.data import Augmentation, Batch, find_dataset, load_split, order
 from fastprune.training.errors import RunError, RunStopped
 from fastprune.training.interrupts import Interrupts
-from fastprune.training.loop import Progress, Trainer, create
+from fastprune.training.loop import Trainer
 from fastprune.training.methods import Task, available, method_of, refuse_unused
+from fastprune.training.parts import Progress, create
 from fastprune.training.ranks import World
 from fastprune.training.rates import OPTIMIZERS, Rates
 from fastprune.training.settings import DYNAMIC, ITERATIVE, Settings

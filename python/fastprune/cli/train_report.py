@@ -79,13 +79,18 @@ def summary(console: Console, settings: Settings, outcome: Outcome) -> None:
             render.percent(sum(e["update_seconds"] for e in own) / max(spent, 1e-9)),
         )
     console.print(table)
+    dense = [e for e in entries if e["sparsity"] == 0]
+    before = ""
+    if dense and last["sparsity"] > 0:
+        before = f"; before any pruning {100 * dense[-1]['test_accuracy']:.2f} %"
     best = max(entries, key=lambda e: float(e["test_accuracy"]))
     render.notes(
         console,
         [
             "test, train: accuracy at the end of the phase; updates: share of the time that "
             "refreshing the masks took.",
-            f"best test accuracy {100 * best['test_accuracy']:.2f} % in epoch {best['epoch']}; "
+            f"best test accuracy {100 * best['test_accuracy']:.2f} % in epoch {best['epoch']}"
+            f"{before}; "
             f"{last['step']:,} steps in {seconds:.1f} s, {updates:.1f} s of it mask updates.",
         ],
     )

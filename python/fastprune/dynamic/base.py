@@ -17,7 +17,7 @@ from fastprune.dynamic.kernels import Kernels
 from fastprune.dynamic.updates import MaskUpdate, describe
 from fastprune.dynamic.watching import Watch
 from fastprune.masks import Masks
-from fastprune.nn.masked import WeightGrad
+from fastprune.nn.masked import MaskedLayer, WeightGrad
 from fastprune.pruners.base import warn_of_empty_layers
 from fastprune.pruners.targets import Selection, prunable
 from fastprune.swapping import mask_layers_
@@ -70,7 +70,7 @@ class DynamicPruner(ABC):
         self._finished = False
         self._masks: dict[str, Tensor] | None = None  # None: all kept
         masks = self._agreed(self.initial_masks())
-        self._users = mask_layers_(model, masks, self.weight_grad)
+        self._users = self.adopt_masks(masks)
         self._watch = Watch(model)
         self.kernels = Kernels(model, {m for users in self._users.values() for m in users})
         if example_input is not None:
@@ -108,6 +108,10 @@ class DynamicPruner(ABC):
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """The inverse of :meth:`extra_state`."""
+
+    def adopt_masks(self, masks: dict[str, Tensor]) -> dict[str, list[MaskedLayer]]:
+        """Give the model its first masks: for each name, the layers that have become masked."""
+        return mask_layers_(self.model, masks, self.weight_grad)
 
     # -- what users call -------------------------------------------------------------------------
 
@@ -176,8 +180,12 @@ class DynamicPruner(ABC):
         """Masks, step, history and choices: tensors and plain values in dicts and lists.
 
         With the model's and the optimizer's own state, all that a run needs to go on to the same
-        bits.
+        bits. Kernels that were not timed yet are timed first, if the model has run: a run and what
+        is resumed from it choose alike. Not with a ``group``, whose ranks time together: there
+        call :meth:`measure_kernels` on all of them before training.
         """
+        if not self.kernels.times and self._watch.seen and self._group is None:
+            self._measure(0.01)
         return {
             "method": self.name,
             "steps": self.steps,

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fastprune.checks import fraction, whole
 from fastprune.dynamic.base import DynamicPruner
+from fastprune.dynamic.layers import all_but_last_linear
 from fastprune.ops.global_topk_mask import Scope, global_topk_mask
 from fastprune.ops.topk_checks import kept_count
 from fastprune.pruners.plan import SCOPES, units
-from fastprune.pruners.targets import Selection, prunable, refuse_transposed
+from fastprune.pruners.targets import Selection, refuse_transposed
 from fastprune.schedules import SCHEDULES, count_at
 
 SparsitySchedule: TypeAlias = (
@@ -60,17 +61,7 @@ class ScheduledPruner(DynamicPruner):
         cls, model: nn.Module, include: Selection, exclude: Selection
     ) -> dict[str, nn.Parameter]:
         """All linear and convolution weights but that of the last linear layer (paper 001, 5.1)."""
-        weights = prunable(model, include, exclude)
-        if include is None:
-            linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-            last = next((w for w in reversed(linear)), None)
-            weights = {n: w for n, w in weights.items() if w is not last}
-            if not weights:
-                raise ValueError(
-                    "the model has no prunable weights but those of its last linear layer, which "
-                    "stays dense: name it in include to prune it"
-                )
-        return weights
+        return all_but_last_linear(model, include, exclude)
 
     def counts(self, step: int) -> int | list[int]:
         """Kept counts after ``step`` training steps, as ``scope`` counts them.

@@ -12,7 +12,8 @@ from types import FrameType
 class Interrupts:
     """SIGINT and SIGTERM: noted while deferred, KeyboardInterrupt otherwise.
 
-    A second signal is a KeyboardInterrupt at once. Outside the main thread, which alone receives
+    A second SIGINT is a KeyboardInterrupt at once; not SIGTERM, which ``torchrun`` sends after a
+    Ctrl-C that its workers have seen too. Outside the main thread, which alone receives
     signals, nothing is changed.
     """
 
@@ -42,7 +43,7 @@ class Interrupts:
         finally:
             self._deferring = False
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        if self.requested or not self._deferring:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if not self._deferring or (self.requested and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.requested = True

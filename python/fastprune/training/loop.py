@@ -4,62 +4,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from fastprune import data, models
+from fastprune import data
 from fastprune.training.data import Augmentation, Samples, generator, order
 from fastprune.training.errors import RunError
 from fastprune.training.interrupts import Interrupts
 from fastprune.training.log import Log
 from fastprune.training.measures import epoch_measures
 from fastprune.training.methods import Method
+from fastprune.training.parts import Place, Progress, Stop, create, diverging, no_updates
 from fastprune.training.ranks import World
 from fastprune.training.rates import Rates, optimizer_of
 from fastprune.training.settings import Settings
+from fastprune.training.state import restore_, state_of
 
 EVALUATION_BATCH = 500
-
-
-class Progress(Protocol):
-    """Where the loop says what it does."""
-
-    def start(self, done: int) -> None:
-        """So many epochs were done before."""
-
-    def now(self, what: str) -> None:
-        """What is being worked on."""
-
-    def done(self, line: str) -> None:
-        """One epoch's outcome."""
-
-
-@dataclass
-class Place:
-    """How far a run is: epochs and batches done of the phase, steps of the whole run."""
-
-    phase: int = 0
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-
-
-class Stop(Exception):  # noqa: N818
-    """The user asked to stop; the state is that between two steps."""
 
 
 class Trainer:
     """A network in training, by one process or the ranks of a world.
 
-    The state changes in steps: :meth:`state` between any two of them, given to :meth:`restore` of
-    a new trainer with the same settings, leads to the same bits.
+    The state changes in steps: :meth:`state` between any two of them, given to :meth:`run` of a
+    new trainer with the same settings, leads to the same bits.
 
     Args:
         settings: of the run.
@@ -97,7 +70,7 @@ class Trainer:
         self.steps_per_epoch = method.task.steps_per_epoch
         self.model = create(settings).to(world.device)
         self.sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        self.epoch: dict[str, Any] = _no_updates()
+        self.epoch: dict[str, Any] = no_updates()
 
     # -- phases ----------------------------------------------------------------------------------
 
@@ -112,7 +85,7 @@ class Trainer:
         self.progress.start(len(log.entries))
         phases = self.method.phases
         if state is not None:
-            self.restore(state)
+            restore_(self, state)
         else:
             self._begin(0)
         while self.place.phase < len(phases):
@@ -131,19 +104,21 @@ class Trainer:
         self.model.train()
         drawn = generator(self.settings.seed, "phase", phase, self.world.rank)
         torch.manual_seed(drawn.initial_seed())
-        with _diverging(self.method.phases[phase].name):
-            self.optimizer = self.method.begin(phase, self.model, self._optimizer)
+        with diverging(self.method.phases[phase].name):
+            self.optimizer = self.method.begin(phase, self.model, self.make_optimizer)
         if self.method.update is not None:
             self._note(self.method.update)
-        self._ready()
+        self.ready()
         self.save(self)
 
-    def _optimizer(self) -> Optimizer:
+    def make_optimizer(self) -> Optimizer:
+        """A new one for the phase."""
         s = self.settings
         lr = self.method.phases[self.place.phase].lr
         return optimizer_of(s.optimizer, self.model.parameters(), lr, s.momentum, s.weight_decay)
 
-    def _ready(self) -> None:
+    def ready(self) -> None:
+        """The phase's schedule, and the model as it is called."""
         phase = self.method.phases[self.place.phase]
         steps = phase.epochs * self.steps_per_epoch
         rates = Rates.parse(self.settings.lr_schedule)
@@ -170,7 +145,7 @@ class Trainer:
             if self.augmentation is not None:
                 drawn = Augmentation.draw(len(rows[batch]), self.settings.seed, number, batch)
                 x = self.augmentation(x, tuple(self.world.mine(d) for d in drawn))  # type: ignore[arg-type]
-            with _diverging(f"{phase.name}, epoch {place.epoch + 1}"):
+            with diverging(f"{phase.name}, epoch {place.epoch + 1}"):
                 self._step(x.to(self.world.device), y.to(self.world.device), len(rows[batch]))
             place.batch += 1
             place.step += 1
@@ -245,7 +220,7 @@ class Trainer:
         }
         self.log.add(entry)
         self.sums.zero_()
-        self.epoch = _no_updates()
+        self.epoch = no_updates()
         place.epoch, place.batch = place.epoch + 1, 0
         shown = f"loss {entry['loss']:.4f}, " if samples else ""
         self.progress.done(
@@ -260,7 +235,7 @@ class Trainer:
         """Once, though an interrupted evaluation may bring it here again."""
         pruner = self.method.pruner
         before = None if pruner is None else len(pruner.history)
-        with _diverging("the end of the phase"):
+        with diverging("the end of the phase"):
             self.method.end()
         if before is not None:
             for update in pruner.history[before:]:
@@ -287,96 +262,6 @@ class Trainer:
         masks = self.method.masks
         return [] if masks is None else list(masks.values())
 
-    # -- state -----------------------------------------------------------------------------------
-
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on. Collective."""
-        done = self.place.phase == len(self.method.phases)
-        return {
-            "settings": self.settings.to_dict(),
-            "place": dict(vars(self.place)),
-            # Not state_dict(): it clears pruned weights, and storing must not change a run.
-            "model": dict(_named(self.model)),
-            "optimizer": None if done else self.optimizer.state_dict(),
-            "scheduler": None if done else self.scheduler.state_dict(),
-            "method": self.method.state_dict(),
-            "random": self._random(),
-            "sums": self.world.gather(self.sums),
-            "epoch": dict(self.epoch),
-            "log": [dict(entry) for entry in self.log.entries],
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` returned."""
-        self.place = Place(**state["place"])
-        done = self.place.phase == len(self.method.phases)
-        phase = min(self.place.phase, len(self.method.phases) - 1)
-        self.place.phase = phase
-        self.model.train()
-        self.optimizer = self.method.resume(phase, self.model, self._optimizer)
-        self._ready()
-        self.method.load_state_dict(state["method"])
-        if not done:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-        with torch.no_grad():
-            for name, t in _named(self.model):
-                t.copy_(state["model"][name])
-        if done:
-            self.place.phase += 1
-        self.sums.copy_(state["sums"][self.world.rank])
-        self.epoch = dict(state["epoch"])
-        own = state["random"][self.world.rank]
-        torch.set_rng_state(own["cpu"])
-        if own["cuda"] is not None:
-            torch.cuda.set_rng_state(own["cuda"], self.world.device)
-
-    def _random(self) -> list[dict[str, Tensor | None]]:
-        cpu = self.world.gather(torch.get_rng_state())
-        if self.world.device.type != "cuda":
-            return [{"cpu": t, "cuda": None} for t in cpu]
-        cuda = self.world.gather(torch.cuda.get_rng_state(self.world.device))
-        return [{"cpu": a, "cuda": b} for a, b in zip(cpu, cuda, strict=True)]
-
-
-@contextmanager
-def _diverging(where: str) -> Iterator[None]:
-    """A NaN that a pruner refuses is the end of the run, in words."""
-    try:
-        yield
-    except ValueError as error:
-        if "nan" not in str(error).lower():
-            raise
-        raise RunError(
-            f"{where}: training has diverged ({error}): try a lower --lr with --restart"
-        ) from error
-
-
-def create(settings: Settings) -> nn.Module:
-    """The network, freshly initialized from the seed."""
-    info = data.info(settings.dataset)
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        return models.create(settings.model, num_classes=info.num_classes, in_shape=info.in_shape)
-
-
-def _no_updates() -> dict[str, Any]:
-    return {
-        "flips": 0,
-        "iou": None,
-        "error": None,
-        "lr": None,
-        "seconds": 0.0,
-        "update_seconds": 0.0,
-    }
-
-
-def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """All parameters and stored buffers but masks, which pruners store."""
-    buffers = [
-        (f"{prefix}.{n}" if prefix else n, b)
-        for prefix, module in model.named_modules()
-        for n, b in module.named_buffers(recurse=False)
-        if n != "weight_mask" and n not in module._non_persistent_buffers_set
-    ]
-    return [*((n, p.detach()) for n, p in model.named_parameters()), *buffers]
+        return state_of(self)

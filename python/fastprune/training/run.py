@@ -25,8 +25,9 @@ from fastprune.training import checkpoint
 from fastprune.training.errors import RunError, RunStopped
 from fastprune.training.interrupts import Interrupts
 from fastprune.training.log import Log
-from fastprune.training.loop import Progress, Stop, Trainer
+from fastprune.training.loop import Trainer
 from fastprune.training.methods import Method
+from fastprune.training.parts import Progress, Stop
 from fastprune.training.plots import curves
 from fastprune.training.ranks import World, is_lost, lost
 from fastprune.training.settings import Settings
