@@ -19,6 +19,10 @@ from fastprune.training.errors import RunError
 from fastprune.training.rates import Rates
 from fastprune.training.settings import DYNAMIC, ITERATIVE, SAP_OPTIONS, Settings
 
+ONCE_PER_EPOCH = ("incremental", "sfp", "dsr", "set", "sparse-momentum")
+"""Methods whose masks are refreshed so where ``--every`` is not given, as in their papers; DSR's
+refreshes every 100 to 1000 steps, and more as training goes on."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -208,7 +212,7 @@ class Dynamic(Method):
         taken = inspect.signature(kind).parameters
         if s.ramp_steps is None:
             offered["ramp_steps"] = Rates.parse(s.lr_schedule).ramp_steps(total)
-        if s.every is None and s.method in ("incremental", "sfp"):  # papers: once per epoch
+        if s.every is None and s.method in ONCE_PER_EPOCH:
             offered["every"] = self.task.steps_per_epoch
         given = {k: v for k, v in given.items() if v is not None}
         for name in given:
