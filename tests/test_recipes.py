@@ -204,3 +204,18 @@ def test_a_command_that_fails_says_why() -> None:
     code, words = launching.as_command([sys.executable, "-m", "fastprune", "train", "--model", "x"])
     assert code == 2
     assert "--method" in words
+
+
+@needs_train
+def test_saps_options_reach_the_method(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    recipe = recipes.load("sap-retrained", reduced=True)
+    sparsities = {}
+    for method in ("sap", "sap-1-2"):
+        (cell,) = expand(recipe, 1, [f"method={method}", "case=fashion-mnist-linear"])
+        settings = {**cell.job.settings, "epochs": 1, "rounds": 1}
+        run = tmp_path / method
+        code, words = launching.forked(train.command(settings, run, data=None))
+        assert code == 0, words
+        sparsities[method] = train.read_log(run)[-1]["sparsity"]
+    assert 0.05 < sparsities["sap"] < sparsities["sap-1-2"] < 0.9
