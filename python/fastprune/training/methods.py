@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 import fastprune
 from fastprune.dynamic import DynamicPruner
 from fastprune.masks import Masks
+from fastprune.swapping import can_mask
 from fastprune.training.data import Batch
 from fastprune.training.errors import RunError
 from fastprune.training.rates import Rates
@@ -120,10 +121,9 @@ class Method:
         # A table of times that decides alike for every density.
         never = {"dense": 0.0, "sparse": (1.0,) * 3, "chained": ()}
         always = {"dense": 1.0, "sparse": (0.0,) * 3, "chained": ()}
-        names = [n for n, m in model.named_modules() if isinstance(m, fastprune.nn.MaskedLayer)]
+        names = [n for n, m in model.named_modules() if can_mask(m)]
         times = never if kernels == "dense" else always
-        self.pruner.kernels.load_state_dict(dict.fromkeys(names, times))
-        self.pruner.kernels.choose()
+        self.pruner.use_kernel_times(dict.fromkeys(names, times))
 
 
 class Fixed(Method):
@@ -203,12 +203,14 @@ class Dynamic(Method):
             "prune_at": total,
             "steps_per_epoch": self.task.steps_per_epoch,
             "optimizer": optimizer,
+            "seed": s.seed,
             "group": group,
         }
         taken = inspect.signature(kind).parameters
         if s.ramp_steps is None:
             offered["ramp_steps"] = Rates.parse(s.lr_schedule).ramp_steps(total)
-        if s.every is None and s.method in ("incremental", "sfp"):  # papers: once per epoch
+        # Once per epoch, as most papers have it; DPF and RigL have periods of their own.
+        if s.every is None and s.method not in ("dpf", "rigl"):
             offered["every"] = self.task.steps_per_epoch
         given = {k: v for k, v in given.items() if v is not None}
         for name in given:
