@@ -434,3 +434,24 @@ def test_nothing_after_finish() -> None:
     for call in (ticket.prune, ticket.remember, lambda: ticket.load_state_dict({})):
         with pytest.raises(RuntimeError, match=r"finish\(\) has ended the run"):
             call()
+
+
+def test_kernels_may_be_timed_before_the_first_round() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    ticket = fp.LotteryTicket(model)
+    ticket.measure_kernels(torch.randn(4, 6))
+    assert type(model[0]) is nn.Linear
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    times = ticket.state_dict()["kernels"]
+    assert set(times) == {"0", "2"}
+    again = fp.LotteryTicket(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    again.load_state_dict(ticket.state_dict())
+    again.prune()
+    assert again.state_dict()["kernels"] == times
+    never = {"dense": 0.0, "sparse": (1.0, 1.0, 1.0), "chained": ()}
+    ticket.use_kernel_times({"0": never, "2": never})
+    ticket.prune()
+    assert not model[0].sparse
+    assert not model[2].sparse

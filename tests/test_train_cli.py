@@ -63,15 +63,7 @@ CASES = {
 }  # fmt: skip
 
 
-# Retrained rounds on lenet mix dense and sparse masked layers, and their first step was seen to
-# differ in the last bit between uninterrupted runs of one process: not the checkpoint's doing.
-UNSTEADY = pytest.mark.xfail(strict=False, reason="last bit of a masked layer's dense product")
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=UNSTEADY if c in ("lottery-ticket", "sap") else ()) for c in CASES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_every_checkpoint_leads_to_the_same_bits(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,11 @@ class DynamicPruner(ABC):
         self._watch.run(self.model, example_input)
         self._measure(min_time)
 
+    def use_kernel_times(self, times: Mapping[str, Any]) -> None:
+        """Choose by these times, by module name, as ``state_dict()["kernels"]`` has them."""
+        self.kernels.load_state_dict(times)
+        self.kernels.choose()
+
     def state_dict(self) -> dict[str, Any]:
         """Masks, step, history and choices: tensors and plain values in dicts and lists.
 

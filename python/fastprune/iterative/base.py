@@ -148,6 +148,22 @@ class IterativePruning(ABC):
         warn_of_empty_layers(after, self._op)
         return self.masks
 
+    def measure_kernels(self, example_input: Any) -> None:
+        """Time dense against sparse layers now, instead of at the first :meth:`prune`.
+
+        A run that is saved before its first round and resumed then computes the same bits. The
+        model and the random state of torch are left as they were.
+
+        Args:
+            example_input: what the model is called on in training: a tensor, or a tuple, list or
+                dict of several inputs, of the training batch's shape.
+        """
+        self._layers.measure(self._masks, example_input)
+
+    def use_kernel_times(self, times: Mapping[str, Any]) -> None:
+        """Choose by these times, by module name, as :meth:`state_dict` has them."""
+        self._layers.times = dict(times)
+
     def finish(self) -> nn.Module:
         """Turn the masked layers back into plain ones, zeros stored in pruned weights.
 
@@ -183,7 +199,7 @@ class IterativePruning(ABC):
             "masks": dict(self._masks),
             "states": {role: dict(state) for role, state in self._states.items()},
             "history": [r.as_dict() for r in self.history],
-            "kernels": self._layers.times(),
+            "kernels": self._layers.times,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -220,6 +236,7 @@ class IterativePruning(ABC):
         if "init" not in states:
             raise ValueError(f"{self._op}: state: the initial state is missing")
         history = [Round.from_dict(r) for r in state["history"]]
+        self._layers.times = state["kernels"]
         if history:
-            self._layers.mask_(own, state["kernels"])
+            self._layers.mask_(own)
         self._masks, self._states, self.history = own, states, history

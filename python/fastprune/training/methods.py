@@ -14,14 +14,11 @@ from torch.optim import Optimizer
 import fastprune
 from fastprune.dynamic import DynamicPruner
 from fastprune.masks import Masks
+from fastprune.swapping import can_mask
 from fastprune.training.data import Batch
 from fastprune.training.errors import RunError
 from fastprune.training.rates import Rates
 from fastprune.training.settings import DYNAMIC, ITERATIVE, SAP_OPTIONS, Settings
-
-ONCE_PER_EPOCH = ("incremental", "sfp", "dsr", "set", "sparse-momentum")
-"""Methods whose masks are refreshed so where ``--every`` is not given, as in their papers; DSR's
-refreshes every 100 to 1000 steps, and more as training goes on."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +121,9 @@ class Method:
         # A table of times that decides alike for every density.
         never = {"dense": 0.0, "sparse": (1.0,) * 3, "chained": ()}
         always = {"dense": 1.0, "sparse": (0.0,) * 3, "chained": ()}
-        names = [n for n, m in model.named_modules() if isinstance(m, fastprune.nn.MaskedLayer)]
+        names = [n for n, m in model.named_modules() if can_mask(m)]
         times = never if kernels == "dense" else always
-        self.pruner.kernels.load_state_dict(dict.fromkeys(names, times))
-        self.pruner.kernels.choose()
+        self.pruner.use_kernel_times(dict.fromkeys(names, times))
 
 
 class Fixed(Method):
@@ -207,12 +203,14 @@ class Dynamic(Method):
             "prune_at": total,
             "steps_per_epoch": self.task.steps_per_epoch,
             "optimizer": optimizer,
+            "seed": s.seed,
             "group": group,
         }
         taken = inspect.signature(kind).parameters
         if s.ramp_steps is None:
             offered["ramp_steps"] = Rates.parse(s.lr_schedule).ramp_steps(total)
-        if s.every is None and s.method in ONCE_PER_EPOCH:
+        # Once per epoch, as most papers have it; DPF and RigL have periods of their own.
+        if s.every is None and s.method not in ("dpf", "rigl"):
             offered["every"] = self.task.steps_per_epoch
         given = {k: v for k, v in given.items() if v is not None}
         for name in given:

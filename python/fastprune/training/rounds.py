@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -42,6 +43,7 @@ class Rounds(Method):
         self.update = None
         if phase == 0:
             self.pruner = self._make(model)
+            self.choose_kernels(model)
         elif phase <= self.rounds:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -53,6 +55,15 @@ class Rounds(Method):
             iou = done.kept / union if union else 1.0
             self.update = SimpleNamespace(flips=done.removed, iou=iou, error=None)
         return optimizer()
+
+    def choose_kernels(self, model: nn.Module) -> None:
+        """See :class:`Method`; all ranks go by the times of the first."""
+        super().choose_kernels(model)
+        group = self.task.group
+        if group is not None:
+            times = [self.pruner.state_dict()["kernels"]]
+            dist.broadcast_object_list(times, group=group, group_src=0)
+            self.pruner.use_kernel_times(times[0])
 
     def resume(self, phase: int, model: nn.Module, optimizer: Callable[[], Optimizer]) -> Optimizer:
         """See :class:`Method`."""
