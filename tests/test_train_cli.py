@@ -30,7 +30,8 @@ pytestmark = [
 ]
 FIELDS = {
     "epoch", "phase", "step", "loss", "train_accuracy", "test_accuracy", "sparsity", "kept",
-    "pq_index", "gini_index", "macs", "flips", "iou", "pruning_error", "lr", "seconds",
+    "pq_index", "gini_index", "macs", "flips", "iou", "pruning_error",
+    "pruned_test_accuracy", "pruned_pq_index", "lr", "seconds",
     "update_seconds",
 }  # fmt: skip
 DPF = ["--method", "dpf", "--sparsity", "0.9", "--every", "2", "--epochs", "3"]
@@ -207,6 +208,43 @@ def test_training_learns_and_its_order_follows_the_seed(tmp_path: Path) -> None:
     assert bits(tmp_path / "a")["log"][0] != bits(tmp_path / "c")["log"][0]
 
 
+def test_found_masks_are_trained_from_scratch(tmp_path: Path) -> None:
+    argv = ["--method", "dpf", "--sparsity", "0.9", "--exclude", "2", "--epochs", "2"]
+    names = [n for n, _ in fp.models.create("lenet-300-100").named_parameters()]
+    first = names[0].removesuffix(".weight")
+    argv[5] = first
+    assert main(command(*argv, out=tmp_path / "found")) == 0
+    masks = fp.Masks.load(tmp_path / "found" / "masks.safetensors")
+    assert names[0] not in masks
+    again = ["--method", "masks", "--masks", str(tmp_path / "found" / "masks.safetensors")]
+    assert main(command(*again, "--epochs", "2", out=tmp_path / "again")) == 0
+    assert fp.Masks.load(tmp_path / "again" / "masks.safetensors") == masks
+    assert {e["kept"] for e in lines(tmp_path / "again")} == {masks.nnz()}
+
+
+def test_a_round_logs_the_network_that_it_pruned(tmp_path: Path) -> None:
+    argv = ["--method", "one-shot-iterative", "--rounds", "3", "--epochs", "8", "--batch", "64"]
+    assert main(command(*argv, out=tmp_path)) == 0
+    entries = lines(tmp_path)
+    assert [e["phase"] for e in entries] == ["train"] * 8 + ["round 1", "round 2", "round 3"]
+    assert all(e["pruned_test_accuracy"] is None for e in entries[:8])
+    for entry in entries[8:]:  # without retraining the two are one network
+        assert entry["pruned_test_accuracy"] == entry["test_accuracy"]
+        assert entry["pruned_pq_index"] == pytest.approx(entry["pq_index"])
+    sap = ["--method", "sap", "--epochs", "4", "--rounds", "1"]
+    assert main(command(*sap, out=tmp_path / "s")) == 0
+    assert [e["pruned_test_accuracy"] is None for e in lines(tmp_path / "s")] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
 def test_another_run_in_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(command("--method", "dense", "--epochs", "1", out=out)) == 0
@@ -381,6 +419,11 @@ def test_a_rank_that_dies_is_an_error(tmp_path: Path) -> None:
         (["--method", "one-shot", "--sparsity", "0.5", "--every", "2"], "--every: one-shot"),
         (["--method", "dpf", "--sparsity", "0.5", "--scope", "galaxy"], "galaxy"),
         (["--method", "dpf", "--sparsity", "0.5", "--schedule", "square"], "square"),
+        (["--method", "masks"], "--masks: method masks needs the file"),
+        (["--method", "masks", "--masks", "/nowhere"], "/nowhere"),
+        (["--method", "snip", "--sparsity", "0.5", "--masks", "x"], "--masks: snip"),
+        (["--method", "dense", "--exclude", "4"], "--exclude: dense does not use it"),
+        (["--method", "dpf", "--sparsity", "0.5", "--include", "layer9"], "layer9"),
         (["--method", "dense", "--lr-schedule", "step:0.7,0.5x0.1"], "--lr-schedule"),
         (["--method", "dense", "--lr-schedule", "step:0.5"], "--lr-schedule"),
         (["--method", "dense", "--epochs", "0"], "--epochs"),

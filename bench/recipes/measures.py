@@ -33,6 +33,16 @@ def _last(key: str, factor: float = 1.0) -> Callable[[Entries], float | None]:
     return read
 
 
+def _first(key: str, factor: float = 1.0) -> Callable[[Entries], float | None]:
+    """The value of the phase's beginning."""
+
+    def read(entries: Entries) -> float | None:
+        value = entries[0].get(key)
+        return None if value is None else factor * float(value)
+
+    return read
+
+
 def _latest(key: str) -> Callable[[Entries], float | None]:
     """The newest value that is not null: masks need not be refreshed in every epoch."""
 
@@ -67,6 +77,10 @@ def _overhead(entries: Entries) -> float | None:
 
 MEASURES: dict[str, Measure] = {
     "test_accuracy": Measure("top-1 test accuracy, %", _last("test_accuracy", 100.0), True),
+    "pruned_test_accuracy": Measure(
+        "top-1 test accuracy right after pruning, %", _first("pruned_test_accuracy", 100.0), True
+    ),
+    "pruned_pq_index": Measure("PQ index right after pruning", _first("pruned_pq_index")),
     "train_accuracy": Measure("training accuracy, %", _last("train_accuracy", 100.0), True),
     "left": Measure("weights left, %", _left, False),
     "macs": Measure("MACs, millions", _last("macs", 1e-6), False),

@@ -19,7 +19,7 @@ ITERATIVE = ("lottery-ticket", "one-shot-iterative", "sap")
 AT_INIT = (
     "random", "magnitude", "lamp", "snip", "grasp", "synflow", "force", "iter-snip", "grasp-it",
 )  # fmt: skip
-METHODS = ("dense", *AT_INIT, *DYNAMIC, *ITERATIVE)
+METHODS = ("dense", "masks", *AT_INIT, *DYNAMIC, *ITERATIVE)
 
 # A key of a job that is an option of the same name, in the order of the command line. Those from
 # "include" on are options that a version of train may lack: such jobs are left out by name.
@@ -126,7 +126,8 @@ def command(
     folder = data_folder(settings["dataset"], data)
     argv = [sys.executable, "-m", "fastprune", "train"]
     argv += ["--model", settings["model"], "--method", settings["method"]]
-    if settings.get("sparsity") is not None:
+    # Masks have a sparsity of their own.
+    if settings.get("sparsity") is not None and settings["method"] != "masks":
         argv += ["--sparsity", f"{settings['sparsity']:g}"]
     argv += ["--data", "digits" if folder is None else str(folder)]
     argv += ["--dataset", settings["dataset"], "--out", str(out), "--seed", str(settings["seed"])]

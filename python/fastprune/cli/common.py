@@ -148,6 +148,8 @@ def prune_at_init(
     steps: int,
     seed: int,
     quota: str | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
 ) -> tuple[Masks, list[str]]:
     """Prune with the arguments that the method uses; random pruning draws from ``seed``.
 
@@ -169,7 +171,16 @@ def prune_at_init(
         options["generator"] = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        masks = prune(model, method, sparsity=sparsity, steps=steps, quota=quota, **options)
+        masks = prune(
+            model,
+            method,
+            sparsity=sparsity,
+            steps=steps,
+            quota=quota,
+            include=include,
+            exclude=exclude,
+            **options,
+        )
     return masks, [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 

@@ -6,11 +6,12 @@ command goes on with a run that was interrupted in any way, to the same bits. Un
 batch is shared out among the ranks.
 
 A line of the log, one per epoch (``macs`` of one sample, under the masks; ``flips`` summed over the
-epoch's refreshes, ``iou`` and ``pruning_error`` of its last, null if there was none)::
+epoch's refreshes, ``iou`` and ``pruning_error`` of its last, null if there was none; ``pruned_*``
+of the network just pruned, in the first epoch of a round)::
 
     {"epoch", "phase", "step", "loss", "train_accuracy", "test_accuracy", "sparsity", "kept",
-     "pq_index", "gini_index", "macs", "flips", "iou", "pruning_error", "lr",
-     "seconds", "update_seconds"}
+     "pq_index", "gini_index", "macs", "flips", "iou", "pruning_error",
+     "pruned_test_accuracy", "pruned_pq_index", "lr", "seconds", "update_seconds"}
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from fastprune.training.methods import Task, available, method_of, refuse_unused
 from fastprune.training.parts import Progress, create
 from fastprune.training.ranks import World
 from fastprune.training.rates import OPTIMIZERS, Rates
-from fastprune.training.settings import DYNAMIC, ITERATIVE, Settings
+from fastprune.training.settings import DYNAMIC, ITERATIVE, Settings, selection
 
 SUMMARY = "Train a network, pruned by any method; resumable at any moment to the same bits."
 
-_METHODS = ("dense", *PRUNERS, *DYNAMIC, *ITERATIVE)
+_METHODS = ("dense", "masks", *PRUNERS, *DYNAMIC, *ITERATIVE)
 _QUOTAS = ("uniform", "uniform-plus", "erk", "smart-ratio", "igq")
 
 
@@ -68,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finetune-lr", type=common.positive_float, help="[a tenth of --lr]")
     methods = parser.add_argument_group("methods (an option that has no effect is an error)")
     add = methods.add_argument
+    add("--include", metavar="NAMES", help="prune these only: names, patterns, between commas")
+    add("--exclude", metavar="NAMES", help="leave these dense")
+    add("--masks", type=Path, metavar="FILE", help="method masks: a masks.safetensors")
     add("--quota", choices=_QUOTAS, help="before training: sparsity of each layer")
     add("--score-batches", type=common.positive_int, help="before training: batches to score on")
     add("--scope", help="during training, in rounds: global, layer, neuron, filter")
@@ -178,23 +182,21 @@ def _train(args: argparse.Namespace, world: World) -> int:
 
 
 def _prune(
-    model: torch.nn.Module,
-    method: str,
-    sparsity: float,
-    batches: Sequence[Batch],
-    quota: str | None,
-    seed: int,
+    model: torch.nn.Module, settings: Settings, batches: Sequence[Batch]
 ) -> tuple[Masks, list[str]]:
+    assert settings.sparsity is not None
     with common.usage_errors((ValueError, TypeError)):
         return common.prune_at_init(
             model,
-            method,
-            sparsity,
+            settings.method,
+            settings.sparsity,
             batches,
             F.cross_entropy,
-            common.steps_of(method),
-            seed,
-            quota=quota,
+            common.steps_of(settings.method),
+            settings.seed,
+            quota=settings.quota,
+            include=selection(settings.include),
+            exclude=selection(settings.exclude),
         )
 
 
@@ -242,6 +244,9 @@ def _settings(args: argparse.Namespace, world: World) -> Settings:
         ramp_steps=args.ramp_steps,
         rounds=args.rounds or (defaults.ROUNDS if method in ITERATIVE else None),
         score_batches=args.score_batches,
+        include=args.include,
+        exclude=args.exclude,
+        masks=None if args.masks is None else str(args.masks.absolute()),
         p=args.p,
         q=args.q,
         eta_r=args.eta_r,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastprune import data
@@ -108,6 +108,10 @@ class Trainer:
             self.optimizer = self.method.begin(phase, self.model, self.make_optimizer)
         if self.method.update is not None:
             self._note(self.method.update)
+        if self.method.pruned is not None:
+            self.epoch["pruned_test_accuracy"] = self._accuracy(self.method.pruned)
+            self.epoch["pruned_pq_index"] = self.method.update.pruned_pq
+            self.method.pruned = None
         self.ready()
         self.save(self)
 
@@ -209,11 +213,13 @@ class Trainer:
             "step": place.step,
             "loss": loss / samples if samples else None,
             "train_accuracy": right / samples if samples else None,
-            "test_accuracy": self._accuracy(),
+            "test_accuracy": self._accuracy(self.model),
             **epoch_measures(self.model, self.method.masks, self.info.in_shape),
             "flips": self.epoch["flips"],
             "iou": self.epoch["iou"],
             "pruning_error": self.epoch["error"],
+            "pruned_test_accuracy": self.epoch["pruned_test_accuracy"],
+            "pruned_pq_index": self.epoch["pruned_pq_index"],
             "lr": self.epoch["lr"],
             "seconds": self.epoch["seconds"],
             "update_seconds": self.epoch["update_seconds"],
@@ -242,9 +248,9 @@ class Trainer:
                 self._note(update)
 
     @torch.no_grad()
-    def _accuracy(self) -> float:
+    def _accuracy(self, model: nn.Module) -> float:
         """Of the test split, which the ranks share."""
-        self.model.eval()
+        model.eval()
         rows = self.world.mine(torch.arange(len(self.test))).split(EVALUATION_BATCH)
         fetched = iter(self.test.fetch(rows))
         right = torch.zeros(1, dtype=torch.int64)
@@ -252,10 +258,10 @@ class Trainer:
         for _ in range(-(-len(self.test) // (self.world.size * EVALUATION_BATCH))):
             if (batch := next(fetched, None)) is not None:
                 x, y = batch
-                logits = self.model(x.to(self.world.device))
+                logits = model(x.to(self.world.device))
                 right += int((logits.argmax(1).cpu() == y).sum())
             self._look_up()
-        self.model.train()
+        model.train()
         return int(self.world.sum(right)) / len(self.test)
 
     def _mask_tensors(self) -> list[Tensor]:

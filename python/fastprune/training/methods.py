@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 import fastprune
 from fastprune.dynamic import DynamicPruner
 from fastprune.masks import Masks
+from fastprune.masks_model import match
 from fastprune.swapping import can_mask
 from fastprune.training.data import Batch
 from fastprune.training.errors import RunError
 from fastprune.training.rates import Rates
-from fastprune.training.settings import DYNAMIC, ITERATIVE, SAP_OPTIONS, Settings
+from fastprune.training.settings import DYNAMIC, ITERATIVE, SAP_OPTIONS, Settings, selection
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Task:
         steps_per_epoch: training steps.
         example: inputs like a training step's, on the device.
         scoring: the batches that methods score on before training.
-        prune_at_init: masks of a named pruner: (model, method, sparsity, batches, quota, seed).
+        prune_at_init: masks of a named pruner: (model, settings, batches).
         group: the process group, None alone.
         say: tells the user something.
     """
@@ -73,6 +74,7 @@ class Method:
             self.phases.append(Phase("fine-tuning", s.finetune_epochs, s.finetune_lr))
         self.pruner: Any = None
         self.update: Any = None  # what the beginning of the phase changed, like a MaskUpdate
+        self.pruned: nn.Module | None = None  # a trained network just pruned, before rewinding
 
     def begin(self, phase: int, model: nn.Module, optimizer: Callable[[], Optimizer]) -> Optimizer:
         """Set ``model`` up for a phase, and make the optimizer that trains it."""
@@ -133,13 +135,7 @@ class Fixed(Method):
         """See :class:`Method`."""
         self.phase = phase
         if phase == 0:
-            s = self.task.settings
-            self.task.say(f"pruning with {s.method}")
-            masks, notes = self.task.prune_at_init(
-                model, s.method, s.sparsity, self.task.scoring(), s.quota, s.seed
-            )
-            for note in notes:
-                self.task.say(f"warning: {note}")
+            masks = self._masks(model)
             self.pruner = _fixed(model, masks, self.task.group)
             self.choose_kernels(model)
         return optimizer()
@@ -149,6 +145,21 @@ class Fixed(Method):
         self.phase = phase
         self.pruner = _fixed(model, Masks.ones(model), self.task.group)
         return optimizer()
+
+    def check(self, model: nn.Module, optimizer: Callable[[], Optimizer]) -> None:
+        """See :class:`Method`."""
+        if self.task.settings.masks is not None:
+            match(model, self._masks(model))
+
+    def _masks(self, model: nn.Module) -> Masks:
+        s = self.task.settings
+        if s.masks is not None:
+            return Masks.load(s.masks)
+        self.task.say(f"pruning with {s.method}")
+        masks, notes = self.task.prune_at_init(model, s, self.task.scoring())
+        for note in notes:
+            self.task.say(f"warning: {note}")
+        return masks
 
 
 class Dynamic(Method):
@@ -197,6 +208,8 @@ class Dynamic(Method):
             "schedule": s.schedule,
             "scope": s.scope,
             "ramp_steps": s.ramp_steps,
+            "include": selection(s.include),
+            "exclude": selection(s.exclude),
         }
         offered = {
             "total_steps": total,
@@ -265,10 +278,14 @@ def refuse_unused(settings: Settings) -> None:
     """
     s = settings
     pruner = s.method not in (*DYNAMIC, *ITERATIVE, "dense")
+    found = s.method != "masks"
     uses: dict[str, bool] = {
-        "sparsity": s.method not in ("dense", "sap"),
-        "quota": pruner,
-        "score_batches": pruner,
+        "sparsity": found and s.method not in ("dense", "sap"),
+        "quota": found and pruner,
+        "score_batches": found and pruner,
+        "include": found and s.method != "dense",
+        "exclude": found and s.method != "dense",
+        "masks": not found,
         "rounds": s.method in ITERATIVE,
         **dict.fromkeys(SAP_OPTIONS, s.method == "sap"),
         "schedule": s.method in DYNAMIC,
@@ -279,5 +296,7 @@ def refuse_unused(settings: Settings) -> None:
     for name, used in uses.items():
         if getattr(s, name) is not None and not used:
             raise RunError(f"--{name.replace('_', '-')}: {s.method} does not use it")
+    if s.method == "masks" and s.masks is None:
+        raise RunError("--masks: method masks needs the file of the masks")
     if s.sparsity is None and uses["sparsity"] and s.method not in ITERATIVE:
         raise RunError(f"--sparsity: {s.method} needs it, such as --sparsity 0.9")

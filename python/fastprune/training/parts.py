@@ -69,6 +69,8 @@ def no_updates() -> dict[str, Any]:
         "flips": 0,
         "iou": None,
         "error": None,
+        "pruned_test_accuracy": None,
+        "pruned_pq_index": None,
         "lr": None,
         "seconds": 0.0,
         "update_seconds": 0.0,

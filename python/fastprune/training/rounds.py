@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fastprune
+from fastprune.swapping import mask_layers_
 from fastprune.training.methods import Method, Phase, Task
-from fastprune.training.settings import ITERATIVE, SAP_OPTIONS
+from fastprune.training.settings import ITERATIVE, SAP_OPTIONS, selection
 
 SHARE = 0.2
 """Of what is left, pruned by each round where no sparsity is asked for (paper 004, Table 3)."""
@@ -40,20 +42,25 @@ class Rounds(Method):
     def begin(self, phase: int, model: nn.Module, optimizer: Callable[[], Optimizer]) -> Optimizer:
         """See :class:`Method`."""
         self.phase = phase
-        self.update = None
+        self.update = self.pruned = None
         if phase == 0:
             self.pruner = self._make(model)
             self.choose_kernels(model)
         elif phase <= self.rounds:
+            trained = copy.deepcopy(model)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 self.pruner.prune()
             for w in caught:
                 self.task.say(f"warning: {w.message}")
+            mask_layers_(trained, self.pruner.masks)
+            self.pruned = trained
             done = self.pruner.history[-1]
             union = done.kept + done.removed
             iou = done.kept / union if union else 1.0
-            self.update = SimpleNamespace(flips=done.removed, iou=iou, error=None)
+            self.update = SimpleNamespace(
+                flips=done.removed, iou=iou, error=None, pruned_pq=done.pruned.pq
+            )
         return optimizer()
 
     def choose_kernels(self, model: nn.Module) -> None:
@@ -78,7 +85,12 @@ class Rounds(Method):
     def _make(self, model: nn.Module) -> Any:
         s = self.task.settings
         kind = getattr(fastprune, ITERATIVE[s.method])
-        options: dict[str, Any] = {} if s.scope is None else {"scope": s.scope}
+        given = {
+            "scope": s.scope,
+            "include": selection(s.include),
+            "exclude": selection(s.exclude),
+        }
+        options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if s.method == "sap":
             given = {n: getattr(s, n) for n in SAP_OPTIONS}
             options |= {n: v for n, v in given.items() if v is not None}

@@ -34,10 +34,14 @@ class Settings:
 
     Attributes:
         model, dataset: names; ``data``: the folder of the files, None for digits.
-        method: ``dense``, a pruner's name (masks found before training), or one of ``DYNAMIC`` and
-            ``ITERATIVE``; ``sparsity``: its target, None where it has none.
+        method: ``dense``, a pruner's name (masks found before training), ``masks`` (those of a
+            file), or one of ``DYNAMIC`` and ``ITERATIVE``; ``sparsity``: its target, None where it
+            has none.
         quota, scope, schedule, every, ramp_steps, rounds, score_batches: options of methods; None
             where the method chooses, or does not use them.
+        include, exclude: which weights are prunable, names or patterns between commas; None: as the
+            method says.
+        masks: the file of the masks of method ``masks``.
         p, q, eta_r, gamma, beta: of SAP; None where the method chooses, or for other methods.
         kernels: ``measured`` (dense or sparse, whichever was faster when timed), ``dense``,
             ``sparse``.
@@ -60,6 +64,9 @@ class Settings:
     ramp_steps: int | None
     rounds: int | None
     score_batches: int | None
+    include: str | None
+    exclude: str | None
+    masks: str | None
     p: float | None
     q: float | None
     eta_r: float | None
@@ -84,6 +91,11 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+def selection(names: str | None) -> list[str] | None:
+    """Names between commas."""
+    return None if names is None else [n.strip() for n in names.split(",")]
 
 
 @dataclass(frozen=True)
