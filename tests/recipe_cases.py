@@ -82,7 +82,8 @@ def entry(epoch: int, phase: str, accuracy: float, sparsity: float) -> dict[str,
         "epoch": epoch, "phase": phase, "step": 20 * epoch, "loss": 0.1, "train_accuracy": 1.0,
         "test_accuracy": accuracy, "sparsity": sparsity, "kept": round(1000 * (1 - sparsity)),
         "pq_index": 0.2, "gini_index": 0.4, "macs": 5e6, "flips": 10, "iou": 0.9,
-        "pruning_error": 0.01, "lr": 0.1, "seconds": 2.0, "update_seconds": 0.1,
+        "pruning_error": 0.01, "pruned_test_accuracy": 0.5, "pruned_pq_index": 0.1,
+        "lr": 0.1, "seconds": 2.0, "update_seconds": 0.1,
     }  # fmt: skip
 
 
