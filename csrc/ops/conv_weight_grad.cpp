@@ -8,11 +8,17 @@ namespace fastprune {
 namespace {
 
 // Large tiles pack less; the sums of a tile, a vector each, stay within the L2 cache. Smaller ones
-// where there would be fewer than threads.
+// where there would be fewer than threads, or where a group is small.
 void choose_tiles(ConvWeightGradArgs* args) {
   const bool few_taps = args->taps() <= 2;
   args->tile_rows = few_taps ? 64 : 32;
   args->tile_channels = few_taps ? 64 : 16;
+  while (args->tile_rows > 4 && args->tile_rows / 2 >= args->rows / args->groups) {
+    args->tile_rows /= 2;
+  }
+  while (args->tile_channels > 4 && args->tile_channels / 2 >= args->channels / args->groups) {
+    args->tile_channels /= 2;
+  }
   const int64_t threads = thread_count();
   const auto few = [&] { return FASTPRUNE_PICK(conv_weight_grad_items)(*args) < threads; };
   while (few() && (args->tile_rows > 4 || args->tile_channels > 4)) {

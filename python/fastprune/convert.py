@@ -13,6 +13,7 @@ from fastprune import folding
 from fastprune.fusing import unfuse_
 from fastprune.kernel_choice import choose_kernel, choose_whole, record_inputs
 from fastprune.nn import MaskedLayer
+from fastprune.nn.batch_last import forget_batch_last_
 from fastprune.report import LayerReport, Report, machine
 from fastprune.swapping import can_mask, mask_layer_, unmask_layer_, unmask_layers_
 
@@ -74,6 +75,12 @@ def accelerate(
     weights = _check(model, masks)
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     dense = copy.deepcopy(model)
+    # Layers that are masked already run sparse kernels: what is timed as dense is plain.
+    for owner in set(weights.values()):
+        layer = dense.get_submodule(owner)
+        if isinstance(layer, MaskedLayer):
+            unmask_layer_(layer)
+    forget_batch_last_(dense)
     _prune_(dense, masks)
     folded = 0
     if fold_batchnorm:
@@ -93,8 +100,6 @@ def accelerate(
             continue
         used.add(id(layer))
         masked = fast.get_submodule(owner)
-        if isinstance(masked, MaskedLayer):
-            unmask_layer_(masked)
         mask_layer_(masked, masks[name])
         assert isinstance(masked, MaskedLayer)
         layers.append(choose_kernel(name, layer, masked, inputs.get(owner), training, min_time))
@@ -116,6 +121,7 @@ def finalize(model: nn.Module) -> nn.Module:
         if isinstance(part, fx.GraphModule):
             unfuse_(part)
     unmask_layers_(plain)
+    forget_batch_last_(plain)
     return plain
 
 

@@ -54,7 +54,7 @@ def mask_layers_(
         for layer in layers:
             mask = readable(masks)[name]
             if isinstance(layer, MaskedLayer):
-                layer.weight_grad = weight_grad
+                layer.use_weight_grad_(weight_grad)
                 layer.set_mask(mask)
             else:
                 mask_layer_(layer, mask, weight_grad)

@@ -169,25 +169,29 @@ class Tile {
   void row_of_taps(int64_t n, int64_t y, int64_t ky, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(a_.x);
     const int64_t stride = a_.stride[1];
-    for (int64_t phase = 0; phase < stride; ++phase) {
-      int64_t low = 0, high = 0;  // places of the phase that this chunk reads
-      bool any = false;
-      for (int64_t kx = 0; kx < a_.kernel_width; ++kx) {
+    for (int64_t first_tap = 0; first_tap < a_.kernel_width; ++first_tap) {
+      const TapColumn of = tap_column(a_, first_tap);
+      const int64_t phase = of.phase;
+      bool done = false;  // by an earlier tap of the same phase
+      for (int64_t kx = 0; kx < first_tap; ++kx) done |= tap_column(a_, kx).phase == phase;
+      if (done) continue;
+      // Places of the phase that this chunk reads.
+      int64_t low = begin + of.shift, high = end + of.shift;
+      for (int64_t kx = first_tap + 1; kx < a_.kernel_width; ++kx) {
         const TapColumn t = tap_column(a_, kx);
         if (t.phase != phase) continue;
-        low = any ? std::min(low, begin + t.shift) : begin + t.shift;
-        high = any ? std::max(high, end + t.shift) : end + t.shift;
-        any = true;
+        low = std::min(low, begin + t.shift);
+        high = std::max(high, end + t.shift);
       }
       low = std::max<int64_t>(low, 0);
       high = std::min(high, ceil_div(a_.width - phase, stride));
-      if (!any || low >= high) continue;
+      if (low >= high) continue;
       for (int64_t c = 0; c < channels_; ++c) {
         copy(
             x + (((channel_ + c) * a_.height + y) * a_.width + low * stride + phase) * a_.batch + n,
             stride * a_.batch, high - low, x_ + c * w_.x_stride);
       }
-      for (int64_t kx = 0; kx < a_.kernel_width; ++kx) {
+      for (int64_t kx = first_tap; kx < a_.kernel_width; ++kx) {
         const TapColumn t = tap_column(a_, kx);
         if (t.phase != phase) continue;
         // Columns whose tap lies inside the image: a gradient meets no padding.

@@ -61,6 +61,8 @@ class DynamicPruner(ABC):
         example_input: Any = None,
         group: Any = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self._weights = self.prunable(model, include, exclude)
         self._link = None if group is None else link_of(group)
         self._group = group
@@ -70,11 +72,13 @@ class DynamicPruner(ABC):
         self._finished = False
         self._masks: dict[str, Tensor] | None = None  # None: all kept
         masks = self._agreed(self.initial_masks())
-        self._users = self.adopt_masks(masks)
         self._watch = Watch(model)
+        if example_input is not None:  # before anything changes: an example may not fit
+            self._watch.run(model, example_input)
+        self._users = self.adopt_masks(masks)
         self.kernels = Kernels(model, {m for users in self._users.values() for m in users})
         if example_input is not None:
-            self.measure_kernels(example_input)
+            self._measure(0.01)
         self._adopt(masks)
 
     # -- what a method decides -------------------------------------------------------------------
@@ -129,6 +133,7 @@ class DynamicPruner(ABC):
         self.steps += 1
         if not self.is_due(self.steps):
             return None
+        self._follow_model()
         return self._refresh(self.new_masks(self.steps))
 
     @property
@@ -153,6 +158,7 @@ class DynamicPruner(ABC):
             UserWarning: a layer has no weight left; it is named.
         """
         if not self._finished:
+            self._follow_model()
             masks = self.final_masks()
             if masks is not self._masks:
                 self._refresh(masks)
@@ -210,6 +216,8 @@ class DynamicPruner(ABC):
         Raises:
             ValueError: the state is of another method, or of other weights.
         """
+        if not isinstance(state, Mapping) or "method" not in state:
+            raise ValueError(f"state: expected what state_dict() of {self.name} returned")
         if state["method"] != self.name:
             raise ValueError(f"state: expected that of {self.name!r}, got {state['method']!r}")
         masks = state["masks"]
@@ -217,9 +225,9 @@ class DynamicPruner(ABC):
             n: tuple(w.shape) for n, w in self._weights.items()
         }:
             raise ValueError("state: its masks are of other weights than this model's")
-        self.steps = whole(state["steps"], "state['steps']", 0, None)
-        self._finished = bool(state["finished"])
-        self.history = [MaskUpdate.of_dict(u) for u in state["history"]]
+        steps = whole(state["steps"], "state['steps']", 0, None)
+        history = [MaskUpdate.of_dict(u) for u in state["history"]]
+        self.steps, self.history, self._finished = steps, history, bool(state["finished"])
         self.kernels.load_state_dict(state["kernels"])
         self._watch.places = dict(state["places"])
         self.load_extra_state(state["extra"])
@@ -240,6 +248,19 @@ class DynamicPruner(ABC):
         if not self.kernels.times and self._watch.seen:
             self._measure(0.01)
         return self._adopt(masks)
+
+    def _follow_model(self) -> None:
+        """Take over what was done to the model since the last refresh.
+
+        It may have been moved to another device, given another state, or had Parameters replaced:
+        the masks and weights that its layers have are those that count.
+        """
+        for name, layers in self._users.items():
+            self._weights[name] = layers[0].weight  # type: ignore[assignment]
+            mask = layers[0].weight_mask
+            known = self.current[name]
+            if known.device != mask.device or not torch.equal(known, mask):
+                self.current[name] = mask.clone()
 
     def _fix(self) -> None:
         """The masks stay as they are, and pruned weights are zero."""

@@ -9,6 +9,7 @@ the same choices and computes the same bits.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -67,14 +68,25 @@ class Kernels:
         self.times: dict[str, LayerTimes] = {}
 
     def measure(self, seen: Mapping[str, Seen], min_time: float) -> None:
-        """Time every layer that was seen running; layers of the same sizes once."""
+        """Time every layer that was seen running; layers of the same sizes once.
+
+        Warns:
+            UserWarning: a layer cannot be timed on what it was seen with; it is named, and goes by
+                its density alone.
+        """
         known: dict[tuple[Any, ...], LayerTimes] = {}
         for name, layer in self._layers.items():
             if name not in seen or not has_kernels(seen[name].device):
                 continue
             key = (*_sizes(layer), seen[name])
             if key not in known:
-                known[key] = _measured(layer, seen[name].example(), min_time)
+                try:
+                    with seen[name].context():
+                        known[key] = _measured(layer, seen[name].example(layer.weight), min_time)
+                except (RuntimeError, ValueError, TypeError) as error:
+                    message = str(error).partition("\n")[0]
+                    warnings.warn(f"{name}: not timed: {message}", UserWarning, stacklevel=3)
+                    continue
             self.times[name] = known[key]
 
     def choose(self) -> None:
@@ -127,14 +139,17 @@ def _sizes(layer: MaskedLayer) -> tuple[Any, ...]:
 
 def _measured(layer: MaskedLayer, x: Tensor, min_time: float) -> LayerTimes:
     steps: dict[str, Callable[[], object]] = {}
-    trial = copy.deepcopy(layer).train()
+    plain = copy.deepcopy(layer).train()
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(plain, hooks).clear()  # the user's see real data only
+    trial = copy.deepcopy(plain)
     trial.sparse = False
     steps["dense"] = layer_step(trial, x, training=True)
     chains = isinstance(layer, MaskedConv2d) and x.shape[0] > 1 and x.device.type == "cpu"
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(layer.weight_mask.shape, generator=generator)
     for density in DENSITIES:
-        trial = copy.deepcopy(layer).train()
+        trial = copy.deepcopy(plain)
         trial.set_mask(order < density)
         trial.sparse, trial._layout = True, LIKE_INPUT
         steps[f"sparse {density}"] = layer_step(trial, x, training=True)

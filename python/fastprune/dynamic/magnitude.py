@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ class ScheduledPruner(DynamicPruner):
     """
 
     nested: ClassVar[bool] = True
+    _selected: int | list[int] | None = None
 
     def __init__(
         self,
@@ -52,6 +54,13 @@ class ScheduledPruner(DynamicPruner):
             )
         if scope not in SCOPES:
             raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+        if schedule != "constant" and 0 < self.ramp_steps < self.every:
+            warnings.warn(
+                f"{self.name}: masks are refreshed every {self.every} steps, but the sparsity "
+                f"is to rise over {self.ramp_steps}: it will come at once",
+                UserWarning,
+                stacklevel=3,
+            )
         self.schedule = schedule
         self.scope: Scope = scope
         super().__init__(model, **more)
@@ -87,7 +96,8 @@ class ScheduledPruner(DynamicPruner):
         names = list(self._weights)
         within = None
         if self.nested and self._masks is not None:
-            within = [self._masks[n] for n in names]
+            within = [self.current[n] for n in names]
+        self._selected = count
         masks = global_topk_mask(
             [w.detach() for w in self._weights.values()],
             k=count,
@@ -112,18 +122,17 @@ class ScheduledPruner(DynamicPruner):
         return self.select(self.counts(step))
 
     def final_masks(self) -> dict[str, Tensor]:
-        """The masks as they are, if they are as sparse as was asked for; else refreshed."""
+        """The masks as they are, if they were chosen with the final counts; else refreshed."""
         count = self.counts(max(self.ramp_steps, self.steps))
-        kept = sum(int(m.sum()) for m in self.current.values())
-        return self.current if kept == self._kept(count) else self.select(count)
+        return self.current if count == self._selected else self.select(count)
 
-    def _kept(self, count: int | list[int]) -> int | None:
-        """Weights that counts keep in all; None where rows of unequal length decide."""
-        if isinstance(count, int):
-            return count if self.scope == "global" else None
-        if self.scope == "layer":
-            return sum(count)
-        return sum(k * w.shape[0] for k, w in zip(count, self._weights.values(), strict=True))
+    def extra_state(self) -> dict[str, Any]:
+        """The counts of the last selection."""
+        return {"selected": self._selected}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`extra_state`."""
+        self._selected = state["selected"]
 
 
 class DPF(ScheduledPruner):

@@ -176,6 +176,9 @@ class RigL(RegrowingPruner):
     def _take_gradients(self, *_: Any) -> None:
         if self._gradients or self._finished or not self._expects(self.steps + 1):
             return
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return  # a fused optimizer is called all the same, and skips the step by itself
         for name, w in self._weights.items():
             if w.grad is not None:
                 self._gradients[name] = w.grad.clone()

@@ -22,19 +22,34 @@ class Seen:
 
     Attributes:
         shape, stride, dtype, device: of the input.
+        autocast: the dtype that autocast was casting to; None outside of it.
     """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    autocast: torch.dtype | None
 
-    def example(self) -> Tensor:
-        """A tensor stored like the input; normal random numbers from a fixed seed."""
+    def example(self, weight: Tensor) -> Tensor:
+        """A tensor stored like the input, which goes with ``weight`` as it is now.
+
+        Normal random numbers from a fixed seed.
+        """
+        dtype = weight.dtype if self.autocast is None else self.dtype
         generator = torch.Generator().manual_seed(0)
         values = torch.randn(self.shape, generator=generator, dtype=torch.float32)
-        x = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        if any(n > 1 and s == 0 for n, s in zip(self.shape, self.stride, strict=True)):
+            return values.to(weight.device, dtype)  # an expanded view cannot be written
+        x = torch.empty_strided(self.shape, self.stride, dtype=dtype, device=weight.device)
         return x.copy_(values)
+
+    def context(self) -> Any:
+        """The autocast region that the layer ran in, or none."""
+        kind = self.device.type
+        if self.autocast is None:
+            return torch.autocast(kind, enabled=False)
+        return torch.autocast(kind, dtype=self.autocast)
 
 
 class Watch:
@@ -57,15 +72,21 @@ class Watch:
     def run(self, model: nn.Module, example_input: Any) -> None:
         """Call the model on an example, leaving it as it was."""
         self._listen()
-        args, kwargs = call_arguments(example_input)
-        with preserved(model), evaluating(model), torch.no_grad():
-            buffers = {n: b.clone() for n, b in model.named_buffers()}
-            functional_call(model, buffers, args, kwargs)
+        try:
+            args, kwargs = call_arguments(example_input)
+            with preserved(model), evaluating(model), torch.no_grad():
+                buffers = {n: b.clone() for n, b in model.named_buffers()}
+                functional_call(model, buffers, args, kwargs)
+        except BaseException:
+            self.stop()
+            raise
 
     def note(self, name: str, x: Tensor, output: Tensor) -> None:
         """Keep what a call of a layer looks like."""
         samples = max(x.shape[0], 1) if x.dim() > 1 else 1
-        self.seen[name] = Seen(tuple(x.shape), x.stride(), x.dtype, x.device)
+        kind = x.device.type
+        casting = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.seen[name] = Seen(tuple(x.shape), x.stride(), x.dtype, x.device, casting)
         self.places[name] = places_of(self._layers[name], x, output) // samples
         self._handles.pop(name).remove()
 

@@ -208,6 +208,17 @@ def understand_batch_last_(model: nn.Module) -> None:
             module.__class__ = taught
 
 
+def forget_batch_last_(model: nn.Module) -> None:
+    """The inverse of :func:`understand_batch_last_`, but for layers with a fused ReLU."""
+    own = {taught: kind for kind, taught in _TAUGHT.items()}
+    for module in model.modules():
+        kind = own.get(type(module))
+        if kind is not None and not getattr(module, "fused_relu", False):
+            module.__dict__.pop("_kept", None)
+            module.__dict__.pop("fused_relu", None)
+            module.__class__ = kind
+
+
 @torch.library.register_fake("fastprune::batch_norm")
 def _(x: Tensor, weight: Any, bias: Any, eps: float, relu: bool) -> tuple[Tensor, ...]:
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32

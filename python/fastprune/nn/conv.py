@@ -118,7 +118,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
             x,
             weight,
             bias,
-            self._pattern,
+            self._fresh_pattern(),
             self.stride,  # type: ignore[arg-type]
             padding,
             self.dilation,  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
             x,
             weight,
             bias,
-            self._pattern,
+            self._fresh_pattern(),
             self.weight_grad == "dense",
             self._layout,
             weight is own,

@@ -31,6 +31,7 @@ class MaskedLayer(nn.Module):
     weight_grad: WeightGrad
     sparse: bool
     _pattern: Pattern
+    _packed_version: int = 0
     # How results are stored (fastprune.ops.plan): as the input is, unless accelerate decides.
     _layout: int = LIKE_INPUT
     # What accelerate found for activations with the batch innermost.
@@ -40,6 +41,7 @@ class MaskedLayer(nn.Module):
         "weight_grad",
         "sparse",
         "_pattern",
+        "_packed_version",
         "_layout",
         "sparse_in_chain",
     )
@@ -52,10 +54,21 @@ class MaskedLayer(nn.Module):
         if weight_grad not in ("sampled", "dense"):
             raise ValueError(f"weight_grad: expected 'sampled' or 'dense', got {weight_grad!r}")
         _check_plain(self)
-        self.weight_grad = weight_grad
+        self.use_weight_grad_(weight_grad)
         self.sparse = sparse
         self._set_mask(mask, register=True)
         self.register_state_dict_pre_hook(_clear_pruned)
+
+    def use_weight_grad_(self, weight_grad: WeightGrad) -> None:
+        """Switch between ``"sampled"`` and ``"dense"``."""
+        self.weight_grad = weight_grad
+        # torch's fused transformer layers read weights directly, unless a layer has hooks. Stored
+        # weights are not those of the forward pass where they stay dense.
+        hooks = self._forward_pre_hooks
+        for key in [k for k, hook in hooks.items() if hook is _no_fast_path]:
+            del hooks[key]
+        if weight_grad == "dense":
+            self.register_forward_pre_hook(_no_fast_path)
 
     def _groups(self) -> int:
         return int(getattr(self, "groups", 1))
@@ -69,7 +82,8 @@ class MaskedLayer(nn.Module):
                 f"mask: expected the weight's shape {tuple(self.weight.shape)}, got "
                 f"{tuple(mask.shape)}"
             )
-        mask = mask.detach().to(self.weight.device).clone()
+        with torch.inference_mode(False):  # whose tensors count no changes
+            mask = mask.detach().to(self.weight.device).clone()
         # Packed first: if packing fails, the layer is as it was.
         pattern = pack(mask, groups=self._groups())
         if register:
@@ -77,7 +91,27 @@ class MaskedLayer(nn.Module):
         else:
             self.weight_mask = mask
         self._pattern = pattern
+        self._packed_version = mask._version
         self.clear_pruned_()
+
+    def _fresh_pattern(self) -> Pattern:
+        """The packed mask, packed anew if the buffer was written to (weight averaging does)."""
+        if not torch.compiler.is_compiling():
+            mask = self._buffers["weight_mask"]
+            assert mask is not None
+            if not mask.is_inference() and mask._version != self._packed_version:
+                self._pattern = pack(mask, groups=self._groups())
+                self._packed_version = mask._version
+        return self._pattern
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.weight_mask.device.type != "meta":
+            self._fresh_pattern()
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._packed_version = self.weight_mask._version  # copies count changes anew
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask, and pack it anew.
@@ -152,6 +186,7 @@ class MaskedLayer(nn.Module):
             del state_dict[key]
         if not torch.equal(old, self.weight_mask):
             self._pattern = pack(self.weight_mask, groups=self._groups())
+        self._packed_version = self.weight_mask._version
         self.clear_pruned_()
 
     def _mask_repr(self) -> str:
@@ -162,6 +197,10 @@ class MaskedLayer(nn.Module):
 def _clear_pruned(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     assert isinstance(module, MaskedLayer)
     module.clear_pruned_()
+
+
+def _no_fast_path(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Nothing."""
 
 
 def adopt_(masked: MaskedLayer, layer: nn.Module) -> None:
@@ -186,6 +225,7 @@ def release_(layer: MaskedLayer) -> None:
     hooks = layer._state_dict_pre_hooks
     for key in [k for k, hook in hooks.items() if hook is _clear_pruned]:
         del hooks[key]
+    layer.use_weight_grad_("sampled")
     del layer._buffers["weight_mask"]
     for name in layer.own_attributes:
         layer.__dict__.pop(name, None)
