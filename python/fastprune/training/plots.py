@@ -52,7 +52,7 @@ def curves(entries: Sequence[_Entry], settings: Settings, path: Path) -> bool:
                 label=label or None,
             )
         if len(lines) > 1 and entries:
-            ax.legend(frameon=False, fontsize=8, loc="lower right")
+            ax.legend(frameon=False, fontsize=8, loc="best")
         for epoch, _ in begins[1:]:
             ax.axvline(epoch - 0.5, color=figures.GREY, linestyle=":", linewidth=1)
         ax.margins(x=0.03, y=0.12)
@@ -60,7 +60,7 @@ def curves(entries: Sequence[_Entry], settings: Settings, path: Path) -> bool:
         # Whole epochs, and no offsets such as +9.5e1.
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.ticklabel_format(axis="y", useOffset=False, style="plain")
-    _name_phases(axes[0], begins)
+    _name_phases(axes[3], begins)  # flips are few by then
     for ax in axes[3:]:
         ax.set_xlabel("epoch")
     axes[3].set_ylim(bottom=0)
@@ -85,8 +85,9 @@ def _name_phases(ax: Any, begins: Sequence[tuple[int, str]]) -> None:
         for epoch, name in begins[1:]:
             ax.annotate(
                 f" {name}",
-                (epoch - 0.5, 0.04),
+                (epoch - 0.5, 0.97),
                 xycoords=("data", "axes fraction"),
+                va="top",
                 fontsize=8,
                 color=figures.GREY,
             )
