@@ -94,6 +94,8 @@ def _head(document: Document) -> Iterator[str]:
 
 
 def _tail(document: Document) -> Iterator[str]:
+    for machine in document["machines"]:
+        yield "Trained on: " + ", ".join(f"{key} {value}" for key, value in machine.items())
     names = document["methods"]
 
     def chain(methods: list[str], by: str = " > ") -> str:
@@ -202,9 +204,10 @@ def _panel(ax: Any, document: Document, table: Mapping[str, Any]) -> None:
             if isinstance(said, (int, float)):
                 paper.append((at, said))
         style = {"color": figures.colour(number), "marker": figures.marker(number)}
+        again = "-" if number < figures.COLOURS else "-."  # the second time round
         if here:
             x, y, error = zip(*here, strict=True)
-            ax.errorbar(x, y, error, label=label, linewidth=1.4, markersize=4, **style)
+            ax.errorbar(x, y, error, label=label, linewidth=1.4, markersize=4, ls=again, **style)
         if paper:
             x, y = zip(*paper, strict=True)
             name = f"{label}, paper"

@@ -27,10 +27,13 @@ def document(recipe: Recipe, cells: Sequence[Cell], results: Results) -> dict[st
         for measure in recipe.measures
         if any(c.case == case for c in cells)
     ]
-    jobs = {}
+    jobs: dict[str, Any] = {}
+    machines: list[dict[str, Any]] = []
     for job in jobs_of(cells, recipe):
         found = results.status(job.name)
         jobs[job.name] = {"state": found["state"], "message": found.get("message", "")}
+        if found.get("machine") and found["machine"] not in machines:
+            machines.append(found["machine"])
     return {
         "recipe": recipe.name,
         "title": recipe.title,
@@ -40,6 +43,7 @@ def document(recipe: Recipe, cells: Sequence[Cell], results: Results) -> dict[st
         "notes": recipe.document.get("notes", []),
         "findings": recipe.document.get("findings", []),
         "methods": {m: recipe.label(m) for m in recipe.methods},
+        "machines": machines,
         "tables": tables,
         "claims": _claims(recipe, cells, results),
         "jobs": jobs,

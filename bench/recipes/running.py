@@ -44,12 +44,15 @@ class Where:
 
 
 def status(where: Where, name: str) -> dict[str, Any]:
-    """What is known of a job; ``{"state": "missing"}`` where it never ended."""
+    """What is known of a job, the machine too; ``{"state": "missing"}`` where it never ended."""
     path = where.folder(name) / STATUS
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {"state": "missing"}
+    config = where.folder(name) / RUN / "config.json"
+    if config.exists():
+        found["machine"] = json.loads(config.read_text(encoding="utf-8")).get("machine")
     return found
 
 

@@ -13,6 +13,9 @@ _MARKERS = "osD^vP*X"
 GREY = "#777777"
 
 
+COLOURS = len(_COLOURS)
+
+
 def colour(index: int) -> str:
     """One of eight, by number."""
     return _COLOURS[index % len(_COLOURS)]
