@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastprune import timing
 from fastprune.dynamic.watching import Seen
@@ -117,7 +118,9 @@ class Kernels:
             plan[name] = wins, chain < dense * CONVERSIONS
             chained += chain if plan[name][1] else dense
             possible = True
-        together = possible and chained < apart * NORMALIZATION
+        # Dropout draws in the order in which its input is stored: a seed keeps its meaning.
+        draws = any(isinstance(m, _DropoutNd) and m.p > 0 for m in self._model.modules())
+        together = possible and not draws and chained < apart * NORMALIZATION
         if together:
             understand_batch_last_(self._model)
         for name, (wins, chain_wins) in plan.items():
