@@ -74,10 +74,7 @@ def test_every_checkpoint_leads_to_the_same_bits(
     argv = [*CASES[case], "--checkpoint-every", "2"]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "KEPT", 10**6)
-        code = main(command(*argv, out=whole))
-        if code == 2:
-            pytest.skip("not in this version of fastprune")
-    assert code == 0
+        assert main(command(*argv, out=whole)) == 0
     expected = bits(whole)
     paths = Checkpoints(whole).paths()
     assert len(paths) >= 4
@@ -382,10 +379,10 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
     model, expected = (safetensors.torch.load_file(p / "model.safetensors") for p in (out, alone))
     masks, wanted = (fp.Masks.load(p / "masks.safetensors") for p in (out, alone))
     # A weight at the threshold may fall on either side; the others agree.
-    assert fp.mask_iou(masks, wanted) > 0.99
+    assert fp.mask_iou(masks, wanted) > 0.999
     for name, w in model.items():
         both_keep = masks[name] & wanted[name] if name in masks else torch.ones_like(w).bool()
-        torch.testing.assert_close(w[both_keep], expected[name][both_keep], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(w[both_keep], expected[name][both_keep], rtol=1e-4, atol=1e-5)
     for a, b in zip(lines(out)[:2], lines(alone)[:2], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["kept"] == b["kept"]

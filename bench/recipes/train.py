@@ -81,10 +81,6 @@ def unsupported(settings: Mapping[str, Any], known: set[str] | None) -> str | No
     lacking = [f"--{key}" for key in OPTIONS if key in settings and key not in known]
     if lacking:
         return f"fastprune train has no {', '.join(lacking)}"
-    if settings["method"] in (*DYNAMIC, *ITERATIVE):
-        methods = importlib.import_module("fastprune.training.methods")
-        if not methods.available(settings["method"]):
-            return f"fastprune has no {settings['method']}"
     return None
 
 

@@ -33,7 +33,7 @@ from fastprune.training.data import Augmentation, Batch, find_dataset, load_spli
 from fastprune.training.errors import RunError, RunStopped
 from fastprune.training.interrupts import Interrupts
 from fastprune.training.loop import Trainer
-from fastprune.training.methods import Task, available, method_of, refuse_unused
+from fastprune.training.methods import Task, method_of, refuse_unused
 from fastprune.training.parts import Progress, create
 from fastprune.training.ranks import World
 from fastprune.training.rates import OPTIMIZERS, Rates
@@ -131,8 +131,6 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, world: World) -> int:
     settings = _settings(args, world)
     refuse_unused(settings)
-    if not available(settings.method):
-        raise RunError(f"--method {settings.method}: not in this version of fastprune")
     if settings.device == "cuda":
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     root = None if settings.data is None else Path(settings.data)

@@ -246,12 +246,6 @@ def method_of(task: Task) -> Method:
     return Fixed(task)
 
 
-def available(name: str) -> bool:
-    """Whether this build has the classes behind a method's name."""
-    known = {**DYNAMIC, **ITERATIVE}
-    return name not in known or hasattr(fastprune, known[name])
-
-
 def _fixed(model: nn.Module, masks: Masks, group: Any) -> Any:
     """A pruner whose masks never change."""
 
