@@ -3,5 +3,16 @@
 from fastprune.nn.conv import MaskedConv2d
 from fastprune.nn.linear import MaskedLinear
 from fastprune.nn.masked import MaskedLayer
+from fastprune.nn.mon_deq import MonDEQLayer, MonDEQLinear
+from fastprune.nn.mon_deq_conv import MonDEQConv2d
+from fastprune.nn.solve_info import SolveInfo
 
-__all__ = ["MaskedConv2d", "MaskedLayer", "MaskedLinear"]
+__all__ = [
+    "MaskedConv2d",
+    "MaskedLayer",
+    "MaskedLinear",
+    "MonDEQConv2d",
+    "MonDEQLayer",
+    "MonDEQLinear",
+    "SolveInfo",
+]
