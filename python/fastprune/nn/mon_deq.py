@@ -43,6 +43,7 @@ class MonDEQLayer(nn.Module):
 
     The masks are buffers ``A_mask`` and ``B_mask``, None where nothing is pruned. Pruning W itself
     could cost well-posedness; pruning A and B cannot: any masks give another monotone layer.
+    The same holds of absolute values, at which SynFlow scores (:class:`fastprune.pruners.SynFlow`).
     """
 
     A: Tensor | None
@@ -50,6 +51,8 @@ class MonDEQLayer(nn.Module):
     A_mask: Tensor | None
     B_mask: Tensor | None
     U: nn.Module
+    # False: masked, but with W as a dense matrix; fastprune.accelerate decides.
+    sparse: bool = True
     # Parameters of this module itself that pruners prune by default, beside U.weight.
     prunable_parameters = ("A", "B")
 
@@ -129,7 +132,9 @@ class MonDEQLayer(nn.Module):
             )
         return mask.detach().to(matrix.device).clone()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         # A buffer that is None takes nothing from a state; one with a value demands its key.
         for name in ("A_mask", "B_mask"):
             key = prefix + name
@@ -164,7 +169,7 @@ class MonDEQLayer(nn.Module):
         self, read: list[Tensor | None], like: Tensor, prepare: Callable[[], Any]
     ) -> Any:
         """The operator of the tensors ``read``, kept until one of them changes."""
-        context = (self.m, like.dtype, like.device, like.shape[1:])
+        context = (self.m, self.sparse, like.dtype, like.device, like.shape[1:])
         if self._prepared is None or not self._prepared[0].matches(read, context):
             with torch.no_grad():
                 self._prepared = Snapshot(read, context), prepare()
@@ -308,7 +313,7 @@ class MonDEQLinear(MonDEQLayer):
         self._register_matrices(square.get("A"), square.get("B"))
 
     def _structure(self, A: Tensor | None, B: Tensor | None) -> LinearStructure:
-        masks = [self.A_mask, self.B_mask]
+        masks = [self.A_mask, self.B_mask] if self.sparse else [None, None]
         present = A is not None, B is not None
         if self._masks_seen is None or not self._masks_seen[0].matches(masks, present):
             structure = LinearStructure(self.out_features, *present, *masks)
@@ -326,7 +331,9 @@ class MonDEQLinear(MonDEQLayer):
             structure = self._structure(A, B)
             return LinearOperator(*detached, self.m, self.out_features, flat, structure)
 
-        operator = self._prepared_operator([self.A, self.B, self.A_mask, self.B_mask], flat, prepare)
+        operator = self._prepared_operator(
+            [self.A, self.B, self.A_mask, self.B_mask], flat, prepare
+        )
         extra = LinearExtra(self.m, operator.structure.a_pattern, operator.structure.b_pattern)
         z = self._solve(operator, flat, LinearWeights, extra, A, B)
         return z.to(bias.dtype).reshape(bias.shape)

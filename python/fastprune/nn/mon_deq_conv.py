@@ -93,7 +93,8 @@ class MonDEQConv2d(MonDEQLayer):
 
         def prepare() -> ConvOperator:
             detached = [None if t is None else t.detach() for t in (unit_a, unit_b, g, h)]
-            return ConvOperator(*detached, self.m, ring, wide, self.A_mask, self.B_mask)
+            masks = (self.A_mask, self.B_mask) if self.sparse else (None, None)
+            return ConvOperator(*detached, self.m, ring, wide, *masks)
 
         read = [self.A, self.B, self.A_mask, self.B_mask, self.g, self.h]
         operator = self._prepared_operator(read, wide, prepare)
