@@ -5,6 +5,7 @@ from fastprune.nn.linear import MaskedLinear
 from fastprune.nn.masked import MaskedLayer
 from fastprune.nn.mon_deq import MonDEQLayer, MonDEQLinear
 from fastprune.nn.mon_deq_conv import MonDEQConv2d
+from fastprune.nn.mon_settings import equilibrium_settings
 from fastprune.nn.solve_info import SolveInfo
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "MonDEQLayer",
     "MonDEQLinear",
     "SolveInfo",
+    "equilibrium_settings",
 ]
