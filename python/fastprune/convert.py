@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastprune import folding
-from fastprune.equilibrium.choice import choose_equilibrium
+from fastprune.equilibrium_choice import choose_equilibrium
 from fastprune.fusing import unfuse_
 from fastprune.kernel_choice import choose_kernel, choose_whole, record_inputs
 from fastprune.nn import MaskedLayer, MonDEQLayer

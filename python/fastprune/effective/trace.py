@@ -50,6 +50,11 @@ def register_rule(*operations: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def registered() -> dict[str, Rule]:
+    """The rules of all operations, by name."""
+    return dict(_rules)
+
+
 def register_stand_in(kind: type[nn.Module]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Say what modules of a type, and of types made from it, run while a model is traced.
 
