@@ -135,7 +135,9 @@ class LinearOperator(Operator):
         self._like = like.new_empty(0)
         self.structure = structure
         self._sparse: dict[bool, tuple[list[Tensor], list[Tensor]]] = {}
-        self._resolvents: dict[tuple[float, bool], Tensor] = {}
+        self._alpha = 0.0  # of the resolvents below; none yet
+        self._inverse = self._like
+        self._resolvents: dict[bool, Tensor] = {}
 
     @cached_property
     def w(self) -> Tensor:
@@ -143,19 +145,26 @@ class LinearOperator(Operator):
         return plain.linear_matrix(self.A, self.B, self.m, self.n, self._like)
 
     @cached_property
-    def w_transposed(self) -> Tensor:
-        """W^T, dense."""
-        return self.w.t().contiguous()
+    def packed(self) -> Tensor:
+        """W, dense, as the op reads it."""
+        return _packed(self.w)
+
+    @cached_property
+    def packed_transposed(self) -> Tensor:
+        """W^T likewise."""
+        return _packed(self.w.t())
 
     def resolvent(self, alpha: float, transposed: bool) -> Tensor:
-        """((1 + alpha) I - alpha W)^-1 or its transpose: one factorization per alpha."""
-        if (alpha, False) not in self._resolvents:
+        """((1 + alpha) I - alpha W)^-1 or its transpose, packed: one factorization per alpha."""
+        if alpha != self._alpha:
             eye = torch.eye(self.n, dtype=self._like.dtype, device=self._like.device)
-            made = torch.linalg.inv((1.0 + alpha) * eye - alpha * self.w)
-            self._resolvents = {(alpha, False): made.contiguous()}
-        if (alpha, transposed) not in self._resolvents:
-            self._resolvents[alpha, True] = self._resolvents[alpha, False].t().contiguous()
-        return self._resolvents[alpha, transposed]
+            self._inverse = torch.linalg.inv((1.0 + alpha) * eye - alpha * self.w)
+            self._alpha, self._resolvents = alpha, {}
+        if transposed not in self._resolvents:
+            self._resolvents[transposed] = _packed(
+                self._inverse.t() if transposed else self._inverse
+            )
+        return self._resolvents[transposed]
 
     def plain(self) -> plain.Operator:
         """The operator of the reference."""
@@ -177,7 +186,7 @@ class LinearOperator(Operator):
         structure = self.structure
         matrix, pair, single, diagonal = None, [], [], 0.0
         if structure.dense:
-            matrix = self.w_transposed if transposed else self.w
+            matrix = self.packed_transposed if transposed else self.packed
         else:
             pair, single = self._sparse_form(transposed)
             diagonal = 0.0 if structure.merged else 1.0 - self.m
@@ -236,6 +245,13 @@ class LinearOperator(Operator):
             return y - self.w.t() @ y
 
         return power_iteration(apply, start_vector((self.n,), self._like))
+
+
+def _packed(matrix: Tensor) -> Tensor:
+    """In the CPU kernel's order; elsewhere row by row."""
+    if matrix.device.type != "cpu":
+        return matrix.contiguous()
+    return torch.ops.fastprune.mon_pack.default(matrix)  # type: ignore[no-any-return]
 
 
 def _gram_bound(a_mask: Tensor) -> float:
