@@ -13,6 +13,7 @@ from torch import nn
 from fastprune.models import external
 from fastprune.models._common import Shape
 from fastprune.models.lenet import LeNet5, lenet_300_100
+from fastprune.models.mondeq import mondeq_conv, mondeq_fc
 from fastprune.models.resnet import resnet_thin, resnet_wide
 from fastprune.models.sap import CNN, linear, mlp
 from fastprune.models.vgg import vgg16, vgg19, vgg_small
@@ -50,6 +51,8 @@ _TABLE: dict[str, _Entry] = {
     "mlp": _Entry(mlp, _DIGITS),
     "cnn": _Entry(CNN),
     "linear": _Entry(linear, _DIGITS),
+    "mondeq-fc": _Entry(mondeq_fc, _DIGITS),
+    "mondeq-conv": _Entry(mondeq_conv),
 }
 
 
@@ -96,7 +99,8 @@ def create(
     """Build a network by name, freshly initialized, on torch's default device and dtype.
 
     Weights are drawn from torch's global generator: Kaiming normal, fan in, biases 0, for
-    fastprune's own networks (``kaiming_normal_`` redraws with another fan).
+    fastprune's own networks (``kaiming_normal_`` redraws with another fan); torch's own uniform law
+    for the monDEQs.
 
     Args:
         name: one of ``names()``; case, '-' and '_' do not matter (``"resnet50"`` is

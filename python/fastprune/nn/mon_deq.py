@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastprune.nn.snapshot import Snapshot
 from fastprune.nn.solve_info import OnFailure, SolveInfo, report
@@ -164,6 +164,11 @@ class MonDEQLayer(nn.Module):
         if present is not None:
             return bias.to(present.dtype)
         return bias if bias.dtype == torch.float64 else bias.float()
+
+    def _leaf(self, x: fx.Proxy) -> Any:
+        """A call of the layer in a traced graph: what a solve does depends on values."""
+        tracer: Any = x.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
 
     def _prepared_operator(
         self, read: list[Tensor | None], like: Tensor, prepare: Callable[[], Any]
@@ -322,7 +327,11 @@ class MonDEQLinear(MonDEQLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if isinstance(x, fx.Proxy):
+            return self._leaf(x)
         bias = self.U(x)
+        if bias.is_meta:  # shapes alone
+            return bias
         A, B = self._masked("A"), self._masked("B")
         flat = self._widened(bias.reshape(-1, self.out_features), A, B)
 

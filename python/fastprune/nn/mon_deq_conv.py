@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastprune.nn.mon_deq import Activation, MonDEQLayer, Solver
 from fastprune.nn.solve_info import OnFailure
@@ -82,7 +82,11 @@ class MonDEQConv2d(MonDEQLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H + 2 p, W + 2 p)."""
+        if isinstance(x, fx.Proxy):
+            return self._leaf(x)
         bias = self.U(x)
+        if bias.is_meta:  # shapes alone
+            return bias
         batched = bias if bias.dim() == 4 else bias.unsqueeze(0)
         A, B = self._masked("A"), self._masked("B")
         wide = self._widened(batched, A, B)
