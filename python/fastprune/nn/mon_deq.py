@@ -152,11 +152,19 @@ class MonDEQLayer(nn.Module):
         return state
 
     def _masked(self, name: str) -> Tensor | None:
-        matrix, mask = getattr(self, name), getattr(self, f"{name}_mask")
-        if matrix is None:
-            return None
-        matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-        return matrix if mask is None else apply_mask(matrix, mask)
+        matrix, mask = self._wide(name), getattr(self, f"{name}_mask")
+        return matrix if mask is None or matrix is None else apply_mask(matrix, mask)
+
+    def _wide(self, name: str) -> Tensor | None:
+        matrix: Tensor | None = getattr(self, name)
+        if matrix is None or matrix.dtype in (torch.float32, torch.float64):
+            return matrix
+        return matrix.float()
+
+    def _recorded(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B for gradients. Without those the operator alone reads them, once per change."""
+        of = self._masked if torch.is_grad_enabled() else self._wide
+        return of("A"), of("B")
 
     def _widened(self, bias: Tensor, A: Tensor | None, B: Tensor | None) -> Tensor:
         """``bias`` in the dtype of the solve."""
@@ -165,10 +173,11 @@ class MonDEQLayer(nn.Module):
             return bias.to(present.dtype)
         return bias if bias.dtype == torch.float64 else bias.float()
 
-    def _leaf(self, x: fx.Proxy) -> Any:
+    def _leaf(self, x: fx.Proxy) -> Tensor:
         """A call of the layer in a traced graph: what a solve does depends on values."""
         tracer: Any = x.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+        name = tracer.path_of_module(self)
+        return tracer.create_proxy("call_module", name, (x,), {})  # type: ignore[no-any-return]
 
     def _prepared_operator(
         self, read: list[Tensor | None], like: Tensor, prepare: Callable[[], Any]
@@ -327,16 +336,18 @@ class MonDEQLinear(MonDEQLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        if isinstance(x, fx.Proxy):
-            return self._leaf(x)
-        bias = self.U(x)
+        given: Any = x
+        if isinstance(given, fx.Proxy):
+            return self._leaf(given)
+        bias: Tensor = self.U(x)
         if bias.is_meta:  # shapes alone
             return bias
-        A, B = self._masked("A"), self._masked("B")
+        A, B = self._recorded()
         flat = self._widened(bias.reshape(-1, self.out_features), A, B)
 
         def prepare() -> LinearOperator:
-            detached = [None if w is None else w.detach() for w in (A, B)]
+            masked = (self._masked(n) for n in ("A", "B"))
+            detached = [None if w is None else w.detach() for w in masked]
             structure = self._structure(A, B)
             return LinearOperator(*detached, self.m, self.out_features, flat, structure)
 

@@ -82,21 +82,24 @@ class MonDEQConv2d(MonDEQLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H + 2 p, W + 2 p)."""
-        if isinstance(x, fx.Proxy):
-            return self._leaf(x)
-        bias = self.U(x)
+        given: Any = x
+        if isinstance(given, fx.Proxy):
+            return self._leaf(given)
+        bias: Tensor = self.U(x)
         if bias.is_meta:  # shapes alone
             return bias
         batched = bias if bias.dim() == 4 else bias.unsqueeze(0)
-        A, B = self._masked("A"), self._masked("B")
+        A, B = self._recorded()
         wide = self._widened(batched, A, B)
         g, h = self.g.to(wide.dtype), self.h.to(wide.dtype)
         ring = self.kernel_size // 2
 
-        unit_a, unit_b = _unit(A), _unit(B)
+        recorded = torch.is_grad_enabled()
+        unit_a, unit_b = (_unit(A), _unit(B)) if recorded else (A, B)
 
         def prepare() -> ConvOperator:
-            detached = [None if t is None else t.detach() for t in (unit_a, unit_b, g, h)]
+            units = (unit_a, unit_b) if recorded else [_unit(self._masked(n)) for n in ("A", "B")]
+            detached = [None if t is None else t.detach() for t in (*units, g, h)]
             masks = (self.A_mask, self.B_mask) if self.sparse else (None, None)
             return ConvOperator(*detached, self.m, ring, wide, *masks)
 
