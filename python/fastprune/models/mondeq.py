@@ -1,4 +1,4 @@
-"""Networks of one monotone equilibrium layer (Winston and Kolter 2020), as paper 000 prunes them."""
+"""Networks of one monotone equilibrium layer (Winston and Kolter 2020), as in paper 000."""
 
 from __future__ import annotations
 
