@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastprune.nn.snapshot import Snapshot
-from fastprune.nn.solve_info import OnFailure, SolveInfo, report
+from fastprune.ops.snapshot import Snapshot
+from fastprune.ops.solve_info import OnFailure, SolveInfo, report
 from fastprune.ops.mon_operator import LinearOperator, LinearStructure, Operator, Settings
+from fastprune.ops import mon_recorded  # noqa: F401  # registers the ops for graphs
 from fastprune.ops.mon_splitting import Equilibrium, check_settings, safe_alpha
 from fastprune.ops.mon_weights import LinearExtra, LinearWeights
 from fastprune.ops.pattern import apply_mask
@@ -129,7 +130,9 @@ class MonDEQLayer(nn.Module):
             )
         return mask.detach().to(matrix.device).clone()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         # A buffer that is None takes nothing from a state; one with a value demands its key.
         for name in ("A_mask", "B_mask"):
             key = prefix + name
@@ -144,6 +147,7 @@ class MonDEQLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_prepared"] = state["_masks_seen"] = None  # made anew by the copy
+        state["_notes"] = _Notes(self.tol, self.on_failure, type(self).__name__)
         return state
 
     def _masked(self, name: str) -> Tensor | None:
@@ -169,6 +173,28 @@ class MonDEQLayer(nn.Module):
             with torch.no_grad():
                 self._prepared = Snapshot(read, context), prepare()
         return self._prepared[1]
+
+    def _recorded(self, bias: Tensor, ring: int, *weights: Tensor | None) -> Tensor:
+        """The solve as one op, for a graph under construction."""
+        z, _, iterations, residual = torch.ops.fastprune.mon_equilibrium(
+            bias,
+            *weights,
+            self.A_mask,
+            self.B_mask,
+            self.m,
+            ring,
+            self.activation,
+            self.solver,
+            self.alpha,
+            self.tol,
+            self.max_iter,
+            self.per_sample,
+            self.on_failure,
+        )
+        notes = _Notes(self.tol, "ignore", "")  # the op reports itself
+        notes.forward = SolveInfo(iterations, residual.detach(), self.tol)
+        self._notes = notes
+        return z
 
     def _solve(
         self, operator: Operator, bias: Tensor, weights: Any, extra: Any, *parameters: Tensor | None
@@ -320,13 +346,18 @@ class MonDEQLinear(MonDEQLayer):
         bias = self.U(x)
         A, B = self._masked("A"), self._masked("B")
         flat = self._widened(bias.reshape(-1, self.out_features), A, B)
+        if torch.compiler.is_compiling():
+            z = self._recorded(flat, 0, A, B, None, None)
+            return z.to(bias.dtype).reshape(bias.shape)
 
         def prepare() -> LinearOperator:
             detached = [None if w is None else w.detach() for w in (A, B)]
             structure = self._structure(A, B)
             return LinearOperator(*detached, self.m, self.out_features, flat, structure)
 
-        operator = self._prepared_operator([self.A, self.B, self.A_mask, self.B_mask], flat, prepare)
+        operator = self._prepared_operator(
+            [self.A, self.B, self.A_mask, self.B_mask], flat, prepare
+        )
         extra = LinearExtra(self.m, operator.structure.a_pattern, operator.structure.b_pattern)
         z = self._solve(operator, flat, LinearWeights, extra, A, B)
         return z.to(bias.dtype).reshape(bias.shape)

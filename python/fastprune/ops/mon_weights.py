@@ -138,4 +138,3 @@ def _kernel_grad(z: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
     columns = torch.arange(-p, z.shape[3] + p, device=z.device) % z.shape[3]
     wrapped = z[:, :, rows][:, :, :, columns]
     return torch.nn.grad.conv2d_weight(wrapped, list(kernel.shape), grad)
-

@@ -139,11 +139,16 @@ def conv_blocks(
     w = ((1.0 - m) * eye).to(present.dtype.to_complex())
     if unit_a is not None:
         a = _frequencies(unit_a, size)
-        w = w - g * (a.mH @ a)
+        w = w - g * (_adjoint(a) @ a)
     if unit_b is not None:
         b = _frequencies(unit_b, size)
-        w = w + h * (b - b.mH)
+        w = w + h * (b - _adjoint(b))
     return w
+
+
+def _adjoint(blocks: Tensor) -> Tensor:
+    """Conjugated in memory: a lazily conjugated view is misread inside of an op in a graph."""
+    return torch.conj_physical(blocks).transpose(-2, -1)
 
 
 def _frequencies(kernel: Tensor, size: tuple[int, int]) -> Tensor:
