@@ -59,6 +59,7 @@ class FourierSolve {
     m.resolvent = resolvent_ != nullptr;
     m.alpha = options.alpha;
     m.groups = layout_.groups;
+    m.per_block = channels_;
     m.height = bias.size(2), m.width = bias.size(3);
     m.ring = options.ring;
     m.pitch = pitch_;
@@ -153,7 +154,7 @@ class FourierSolve {
     });
   }
   void pass(MonFourierStep step, bool inverse, bool forward) {
-    parallel((maps_.groups + 1) / 2, [&](int64_t begin, int64_t end, void* scratch) {
+    parallel(mon_fourier_pairs(maps_), [&](int64_t begin, int64_t end, void* scratch) {
       FASTPRUNE_PICK(mon_fourier_maps)(maps_, step, inverse, forward, begin, end, scratch);
     });
   }

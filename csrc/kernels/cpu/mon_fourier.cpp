@@ -84,16 +84,26 @@ struct Rule {
 // ---- A pair of groups
 // -----------------------------------------------------------------------------
 
+struct PairOf {
+  int64_t first;
+  int parts;  // 1 where the last group has no partner
+  PairOf(const MonFourierMaps& m, int64_t pair) {
+    const int64_t pairs = (m.per_block + 1) / 2, within = 2 * (pair % pairs);
+    first = pair / pairs * m.per_block + within;
+    parts = within + 1 < m.per_block ? 2 : 1;
+  }
+};
+
 template <typename T, typename R>
 class Pair {
  public:
   static constexpr int W = kLanes<T>;
 
-  Pair(const MonFourierMaps& maps, R rule, int64_t pair, void* scratch)
+  Pair(const MonFourierMaps& maps, R rule, PairOf of, void* scratch)
       : m_(maps),
         rule_(rule),
-        first_(2 * pair),
-        parts_(first_ + 1 < maps.groups ? 2 : 1),
+        first_(of.first),
+        parts_(of.parts),
         map_(static_cast<Vec<T>*>(scratch)),
         work_(map_ + 2 * maps.height * maps.pitch) {}
 
@@ -248,11 +258,11 @@ class Pair {
 
 // Nothing of the pair moves any more.
 template <typename T>
-bool at_rest(const MonFourierMaps& m, int64_t pair) {
-  const Int<T>* active = static_cast<const Int<T>*>(m.active);
-  for (int64_t g = 2 * pair; g < 2 * pair + 2 && g < m.groups; ++g) {
+bool at_rest(const MonFourierMaps& m, const PairOf& of) {
+  const Int<T>* active = static_cast<const Int<T>*>(m.active) + of.first;
+  for (int part = 0; part < of.parts; ++part) {
     for (int j = 0; j < kLanes<T>; ++j) {
-      if (active[g][j] != 0) return false;
+      if (active[part][j] != 0) return false;
     }
   }
   return true;
@@ -263,8 +273,9 @@ void run_pairs(const MonFourierMaps& m, MonFourierStep step, bool inverse, bool 
                int64_t begin, int64_t end, void* scratch) {
   using R = Rule<T, A, Adjoint, Resolvent>;
   for (int64_t pair = begin; pair < end; ++pair) {
-    if (step == MonFourierStep::iterate && at_rest<T>(m, pair)) continue;
-    Pair<T, R>(m, R{static_cast<T>(m.alpha)}, pair, scratch).run(step, inverse, forward);
+    const PairOf of(m, pair);
+    if (step == MonFourierStep::iterate && at_rest<T>(m, of)) continue;
+    Pair<T, R>(m, R{static_cast<T>(m.alpha)}, of, scratch).run(step, inverse, forward);
   }
 }
 

@@ -65,8 +65,9 @@ struct MonFourierMaps {
   bool adjoint, resolvent;  // resolvent: Peaceman-Rachford, else forward-backward
   double alpha;
   int64_t groups, height, width, ring;
-  int64_t pitch;  // from row to row of a map that is transformed, in complex vectors
-  int64_t work;   // vectors that the transforms need besides
+  int64_t per_block;  // groups of the same samples: pairs mix no others
+  int64_t pitch;      // from row to row of a map that is transformed, in complex vectors
+  int64_t work;       // vectors that the transforms need besides
   FourierLine row, column;
   // [frequency][group][real, imaginary][lane]
   void* spectrum;
@@ -77,6 +78,9 @@ struct MonFourierMaps {
   const void* active;  // [group][lane], 0 or -1 as wide as an element: lanes that still move
   double* sums;        // [group][2][lane]: squares of the change of z, and of z
 };
+inline int64_t mon_fourier_pairs(const MonFourierMaps& m) {
+  return m.groups / m.per_block * ((m.per_block + 1) / 2);
+}
 inline bool mon_fourier_keeps_z(const MonFourierMaps& m) {
   const bool cheap = m.activation == MonActivation::relu || m.activation == MonActivation::identity;
   return !m.resolvent || (!m.adjoint && !cheap);
@@ -102,8 +106,8 @@ FASTPRUNE_PER_ISA(int64_t mon_fourier_lanes(DType dtype);
                   // Bytes of scratch, aligned to 64, for one thread.
                   int64_t mon_fourier_maps_scratch(const MonFourierMaps& maps);
                   int64_t mon_fourier_products_scratch(const MonFourierProducts& products);
-                  // Pairs of groups [begin, end). inverse: from a spectrum, else from zeros;
-                  // forward: to the spectrum of the next product.
+                  // Pairs of groups [begin, end) of mon_fourier_pairs. inverse: from a spectrum,
+                  // else from zeros; forward: to the spectrum of the next product.
                   void mon_fourier_maps(const MonFourierMaps& maps, MonFourierStep step,
                                         bool inverse, bool forward, int64_t begin, int64_t end,
                                         void* scratch);
