@@ -31,43 +31,54 @@ struct Options {
   bool per_sample;
 };
 
+// Images in the lanes, or channels where those fill the lanes better. Costs in vector instructions
+// per frequency: of the maps of a pair, and of the products.
+MonFourierLayout choose_layout(const Tensor& bias) {
+  const DType dtype = dtype_of(bias, kOp, "bias");
+  const int64_t lanes = FASTPRUNE_PICK(mon_fourier_lanes)(dtype);
+  const int64_t channels = bias.size(1), points = checked_product(bias.size(2), bias.size(3), kOp);
+  MonFourierLayout layout{dtype, false, bias.size(0), channels, points, lanes};
+  const auto cost = [&layout](double product) {
+    const int64_t pairs = (layout.per_block() + 1) / 2;
+    return static_cast<double>(layout.blocks()) * (400.0 * static_cast<double>(pairs) + product);
+  };
+  const double square = static_cast<double>(channels) * static_cast<double>(channels);
+  const double by_images = cost(3 * square);
+  layout.channel_lanes = true;
+  layout.channel_lanes = cost(5 * square / static_cast<double>(lanes)) < by_images;
+  return layout;
+}
+
 class FourierSolve {
  public:
   FourierSolve(const Tensor& bias, const std::optional<Tensor>& slope, const Tensor& matrix,
                const std::optional<Tensor>& resolvent, const Options& options)
       : options_(options),
-        batch_(bias.size(0)),
-        channels_(bias.size(1)),
-        dtype_(dtype_of(bias, kOp, "bias")),
-        element_(dtype_ == DType::f64 ? 8 : 4),
-        lanes_(FASTPRUNE_PICK(mon_fourier_lanes)(dtype_)),
-        blocks_((batch_ + lanes_ - 1) / lanes_),
-        points_(checked_product(bias.size(2), bias.size(3), kOp)),
+        layout_(choose_layout(bias)),
+        element_(layout_.dtype == DType::f64 ? 8 : 4),
         pitch_(bias.size(3) | 1),
-        row_(bias.size(3), 2, dtype_),
-        column_(bias.size(2), 2 * pitch_, dtype_),
+        row_(bias.size(3), 2, layout_.dtype),
+        column_(bias.size(2), 2 * pitch_, layout_.dtype),
         frequencies_(fourier_frequencies(bias.size(2), bias.size(3))),
         matrix_(matrix.const_data_ptr()),
         resolvent_(resolvent.has_value() ? resolvent->const_data_ptr() : nullptr) {
-    layout_ = {dtype_,    checked_product(blocks_, channels_, kOp), channels_,
-               channels_, checked_product(batch_, channels_, kOp),  points_,
-               nullptr};
     MonFourierMaps& m = maps_;
-    m.dtype = dtype_;
+    m.dtype = layout_.dtype;
     m.activation = options.activation;
     m.adjoint = slope.has_value();
     m.resolvent = resolvent_ != nullptr;
     m.alpha = options.alpha;
-    m.groups = layout_.groups;
-    m.per_block = channels_;
+    m.groups = layout_.groups();
+    m.per_block = layout_.per_block();
     m.height = bias.size(2), m.width = bias.size(3);
     m.ring = options.ring;
     m.pitch = pitch_;
     m.work = std::max(row_.work(), column_.work());
     m.row = row_.line(), m.column = column_.line();
     const bool keeps_z = mon_fourier_keeps_z(m);
-    const int64_t vector = lanes_ * element_;
-    const int64_t map_bytes = checked_product(m.groups, checked_product(points_, vector, kOp), kOp);
+    const int64_t vector = layout_.lanes * element_;
+    const int64_t map_bytes =
+        checked_product(m.groups, checked_product(layout_.points, vector, kOp), kOp);
     m.spectrum =
         allocate(checked_product(checked_product(frequencies_, m.groups, kOp), 2 * vector, kOp));
     m.bias = allocate(map_bytes);
@@ -78,12 +89,13 @@ class FourierSolve {
     if (m.resolvent) clear(m.u, map_bytes);
     if (keeps_z) clear(m.z, map_bytes);
     active_ = allocate(m.groups * vector);
-    std::memset(active_, 0xff, static_cast<size_t>(m.groups * vector));
     m.active = active_;
-    m.sums = static_cast<double*>(allocate(m.groups * 2 * lanes_ * 8));
-    std::memset(m.sums, 0, static_cast<size_t>(m.groups * 2 * lanes_ * 8));
-    moves_.assign(static_cast<size_t>(blocks_), 1);
-    products_ = {dtype_, channels_, blocks_, m.spectrum, nullptr, moves_.data()};
+    const int64_t sums = m.groups * 2 * layout_.lanes * 8;
+    m.sums = static_cast<double*>(allocate(sums));
+    clear(m.sums, sums);
+    moves_.assign(static_cast<size_t>(layout_.blocks()), 1);
+    move(std::vector<uint8_t>(static_cast<size_t>(layout_.batch), 1));
+    products_ = {layout_, m.spectrum, nullptr, moves_.data()};
 
     const int64_t needs = std::max(FASTPRUNE_PICK(mon_fourier_maps_scratch)(maps_),
                                    FASTPRUNE_PICK(mon_fourier_products_scratch)(products_));
@@ -97,7 +109,7 @@ class FourierSolve {
 
   // Writes iterations and residuals: of each sample, or of all.
   void run(int64_t* iterations, double* residuals) {
-    const int64_t count = options_.per_sample ? batch_ : 1;
+    const int64_t count = options_.per_sample ? layout_.batch : 1;
     std::vector<uint8_t> moving(static_cast<size_t>(count), 1);
     std::vector<double> sums(static_cast<size_t>(2 * count));
     std::fill_n(iterations, count, 0);
@@ -122,7 +134,7 @@ class FourierSolve {
       for (int64_t s = 0; s < count; ++s) {
         if (moving[s] != 0 && std::isinf(residuals[s])) moving[s] = 0, --left;
       }
-      if (options_.per_sample && left < count) freeze(moving);
+      if (options_.per_sample && left < count) move(moving);
     }
     std::fill(moves_.begin(), moves_.end(), uint8_t{1});
     if (maps_.resolvent) pass(MonFourierStep::prepare, false, true);
@@ -165,16 +177,14 @@ class FourierSolve {
     });
   }
   void from_maps(const Tensor& t, void* groups, const double* slope_alpha) {
-    MonFourierLayout layout = layout_;
-    layout.slope_alpha = slope_alpha;
     const void* data = t.const_data_ptr();
-    parallel(layout.groups, [&](int64_t begin, int64_t end, void*) {
-      FASTPRUNE_PICK(mon_fourier_from_maps)(layout, data, groups, begin, end);
+    parallel(maps_.groups, [&](int64_t begin, int64_t end, void*) {
+      FASTPRUNE_PICK(mon_fourier_from_maps)(layout_, slope_alpha, data, groups, begin, end);
     });
   }
   void to_maps(const void* groups, Tensor& t) {
     void* data = t.mutable_data_ptr();
-    parallel(layout_.groups, [&](int64_t begin, int64_t end, void*) {
+    parallel(maps_.groups, [&](int64_t begin, int64_t end, void*) {
       FASTPRUNE_PICK(mon_fourier_to_maps)(layout_, groups, data, begin, end);
     });
   }
@@ -182,10 +192,10 @@ class FourierSolve {
   // Calls f(sample, group, lane) for all lanes that hold a map, in order.
   template <typename F>
   void each_lane(F f) const {
-    for (int64_t g = 0; g < layout_.groups; ++g) {
-      int64_t map = g / layout_.per_block * lanes_ * layout_.stride + g % layout_.per_block;
-      for (int64_t lane = 0; lane < lanes_ && map < layout_.maps; ++lane, map += layout_.stride) {
-        f(map / channels_, g, lane);
+    for (int64_t g = 0; g < maps_.groups; ++g) {
+      const MonFourierLayout::Group group = layout_.group(g);
+      for (int64_t lane = 0; lane < group.filled; ++lane) {
+        f((group.first + lane * group.step) / layout_.channels, g, lane);
       }
     }
   }
@@ -193,31 +203,31 @@ class FourierSolve {
     std::fill(sums.begin(), sums.end(), 0.0);
     each_lane([&](int64_t sample, int64_t g, int64_t lane) {
       double* to = sums.data() + (options_.per_sample ? 2 * sample : 0);
-      to[0] += maps_.sums[g * 2 * lanes_ + lane];
-      to[1] += maps_.sums[(g * 2 + 1) * lanes_ + lane];
+      to[0] += maps_.sums[g * 2 * layout_.lanes + lane];
+      to[1] += maps_.sums[(g * 2 + 1) * layout_.lanes + lane];
     });
   }
-  void freeze(const std::vector<uint8_t>& moving) {
+  // The samples that still move; lanes that hold no map never do.
+  void move(const std::vector<uint8_t>& moving) {
     std::fill(moves_.begin(), moves_.end(), uint8_t{0});
     char* active = static_cast<char*>(active_);
-    std::memset(active, 0, static_cast<size_t>(layout_.groups * lanes_ * element_));
+    std::memset(active, 0, static_cast<size_t>(maps_.groups * layout_.lanes * element_));
     each_lane([&](int64_t sample, int64_t g, int64_t lane) {
-      if (moving[sample] == 0) return;
-      std::memset(active + (g * lanes_ + lane) * element_, 0xff, static_cast<size_t>(element_));
-      moves_[g / channels_] = 1;
+      if (moving[static_cast<size_t>(sample)] == 0) return;
+      std::memset(active + (g * layout_.lanes + lane) * element_, 0xff,
+                  static_cast<size_t>(element_));
+      moves_[static_cast<size_t>(g / maps_.per_block)] = 1;
     });
   }
 
   const Options options_;
-  const int64_t batch_, channels_;
-  const DType dtype_;
-  const int64_t element_, lanes_, blocks_, points_, pitch_;
+  const MonFourierLayout layout_;
+  const int64_t element_, pitch_;
   const FourierTables row_, column_;
   const int64_t frequencies_;
   const void *matrix_, *resolvent_;
   std::vector<std::unique_ptr<Scratch>> owned_;
-  std::vector<uint8_t> moves_;
-  MonFourierLayout layout_{};
+  std::vector<uint8_t> moves_;  // [block]
   MonFourierMaps maps_{};
   MonFourierProducts products_{};
   void *z_ = nullptr, *active_ = nullptr;
@@ -303,31 +313,31 @@ Tensor mon_fourier_pack_cpu(const Tensor& matrix_in, int64_t height, int64_t wid
       sources.push_back(ky * columns + kx);
     }
   }
-  const auto copy = [&](const auto* from, auto* to) {
-    for_each_range(static_cast<int64_t>(sources.size()), 0, [&](int64_t begin, int64_t end, void*) {
-      for (int64_t f = begin; f < end; ++f) {
-        const auto* source = from + sources[static_cast<size_t>(f)] * square;
-        auto* target = to + f * square;
-        for (int64_t first = 0; first < channels;) {
-          const int64_t rows = matrix_block_rows(channels, first);
-          for (int64_t j = 0; j < channels; ++j) {
-            for (int64_t r = first; r < first + rows; ++r) {
-              *target++ = source[2 * (r * channels + j)];
-              *target++ = source[2 * (r * channels + j) + 1];
-            }
-          }
-          first += rows;
+  const auto copy = [&](const auto* from, auto* to, int64_t f) {
+    from += sources[static_cast<size_t>(f)] * square, to += f * square;
+    for (int64_t b = 0; b < matrix_blocks(channels); ++b) {
+      const int64_t first = matrix_block_begin(channels, b);
+      const int64_t last = matrix_block_begin(channels, b + 1);
+      for (int64_t j = 0; j < channels; ++j) {
+        for (int64_t r = first; r < last; ++r) {
+          *to++ = from[2 * (r * channels + j)];
+          *to++ = from[2 * (r * channels + j) + 1];
         }
       }
-    });
+    }
   };
-  if (matrix.scalar_type() == ScalarType::Double) {
-    copy(static_cast<const double*>(matrix.const_data_ptr()),
-         static_cast<double*>(packed.mutable_data_ptr()));
-  } else {
-    copy(static_cast<const float*>(matrix.const_data_ptr()),
-         static_cast<float*>(packed.mutable_data_ptr()));
-  }
+  const void* from = matrix.const_data_ptr();
+  void* to = packed.mutable_data_ptr();
+  const bool wide = matrix.scalar_type() == ScalarType::Double;
+  for_each_range(packed.size(0), 0, [&](int64_t begin, int64_t end, void*) {
+    for (int64_t f = begin; f < end; ++f) {
+      if (wide) {
+        copy(static_cast<const double*>(from), static_cast<double*>(to), f);
+      } else {
+        copy(static_cast<const float*>(from), static_cast<float*>(to), f);
+      }
+    }
+  });
   return packed;
 }
 

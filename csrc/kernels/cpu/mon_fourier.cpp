@@ -53,7 +53,10 @@ struct Rule {
       const Vec<T> u = *at.u, u_next = active ? value * T(2) - (old * T(2) - u) : u;
       *at.u = u_next;
       moved = inside ? prox(u_next, at) : Vec<T>{};
-      if constexpr (kKeepsZ) *at.z = moved;
+      if constexpr (kKeepsZ) {
+        moved = active ? moved : old;
+        *at.z = moved;
+      }
       return right(at, moved, u_next);
     } else {
       const Vec<T> v = (value + *at.bias) * alpha + old * (T(1) - alpha);
@@ -313,30 +316,22 @@ auto choose_rule(const MonFourierMaps& m) {
 // ---- Maps and groups
 // ----------------------------------------------------------------------------------
 
-// Calls f(map of lane 0, lanes) for the group.
-inline int64_t first_map(const MonFourierLayout& l, int64_t group, int lanes, int& filled) {
-  const int64_t first = group / l.per_block * lanes * l.stride + group % l.per_block;
-  const int64_t left = (l.maps - first + l.stride - 1) / l.stride;
-  filled = static_cast<int>(left < lanes ? left : lanes);
-  return first;
-}
-
 template <typename T>
-void from_maps(const MonFourierLayout& l, const T* maps, Vec<T>* groups, int64_t begin,
-               int64_t end) {
+void from_maps(const MonFourierLayout& l, const double* slope_alpha, const T* maps, Vec<T>* groups,
+               int64_t begin, int64_t end) {
   constexpr int W = kLanes<T>;
   for (int64_t g = begin; g < end; ++g) {
-    int filled = 0;
-    const T* from = maps + first_map(l, g, W, filled) * l.points;
+    const MonFourierLayout::Group group = l.group(g);
+    const T* from = maps + group.first * l.points;
     Vec<T>* to = groups + g * l.points;
     for (int64_t i = 0; i < l.points; i += W) {
       const int n = static_cast<int>(l.points - i < W ? l.points - i : W);
       Vec<T> v[W];
       for (int j = 0; j < W; ++j) {
-        v[j] = j < filled ? load_part(from + j * l.stride * l.points + i, n) : Vec<T>{};
+        v[j] = j < group.filled ? load_part(from + j * group.step * l.points + i, n) : Vec<T>{};
       }
-      if (l.slope_alpha != nullptr) {
-        const T alpha = static_cast<T>(*l.slope_alpha);
+      if (slope_alpha != nullptr) {
+        const T alpha = static_cast<T>(*slope_alpha);
         for (int j = 0; j < W; ++j) v[j] /= (T(1) - v[j]) * alpha + v[j];
       }
       transpose<T>(v);
@@ -349,15 +344,17 @@ template <typename T>
 void to_maps(const MonFourierLayout& l, const Vec<T>* groups, T* maps, int64_t begin, int64_t end) {
   constexpr int W = kLanes<T>;
   for (int64_t g = begin; g < end; ++g) {
-    int filled = 0;
-    T* to = maps + first_map(l, g, W, filled) * l.points;
+    const MonFourierLayout::Group group = l.group(g);
+    T* to = maps + group.first * l.points;
     const Vec<T>* from = groups + g * l.points;
     for (int64_t i = 0; i < l.points; i += W) {
       const int n = static_cast<int>(l.points - i < W ? l.points - i : W);
       Vec<T> v[W] = {};
       for (int j = 0; j < n; ++j) v[j] = from[i + j];
       transpose<T>(v);
-      for (int j = 0; j < filled; ++j) store_part(to + j * l.stride * l.points + i, v[j], n);
+      for (int j = 0; j < group.filled; ++j) {
+        store_part(to + j * group.step * l.points + i, v[j], n);
+      }
     }
   }
 }
@@ -378,14 +375,14 @@ void mon_fourier_maps(const MonFourierMaps& m, MonFourierStep step, bool inverse
   run(m, step, inverse, forward, begin, end, scratch);
 }
 
-void mon_fourier_from_maps(const MonFourierLayout& layout, const void* maps, void* groups,
-                           int64_t begin, int64_t end) {
+void mon_fourier_from_maps(const MonFourierLayout& layout, const double* slope_alpha,
+                           const void* maps, void* groups, int64_t begin, int64_t end) {
   if (layout.dtype == DType::f64) {
-    from_maps(layout, static_cast<const double*>(maps), static_cast<Vec<double>*>(groups), begin,
-              end);
+    from_maps(layout, slope_alpha, static_cast<const double*>(maps),
+              static_cast<Vec<double>*>(groups), begin, end);
   } else {
-    from_maps(layout, static_cast<const float*>(maps), static_cast<Vec<float>*>(groups), begin,
-              end);
+    from_maps(layout, slope_alpha, static_cast<const float*>(maps),
+              static_cast<Vec<float>*>(groups), begin, end);
   }
 }
 

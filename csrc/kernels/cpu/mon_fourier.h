@@ -44,12 +44,14 @@ inline int64_t fourier_frequencies(int64_t height, int64_t width) {
   return count;
 }
 
-// The rows of a matrix in blocks of 8, the last of 3 to 10 where there are as many. A block is
-// stored column by column, so that a product reads it from front to back.
+// The rows of a matrix in blocks of at most 8, of nearly one size. A block is stored column by
+// column, so that a product reads it from front to back.
 constexpr int64_t kMatrixRows = 8;
-inline int64_t matrix_block_rows(int64_t channels, int64_t first) {
-  const int64_t left = channels - first;
-  return left < kMatrixRows + 3 ? left : kMatrixRows;
+inline int64_t matrix_blocks(int64_t channels) {
+  return (channels + kMatrixRows - 1) / kMatrixRows;
+}
+inline int64_t matrix_block_begin(int64_t channels, int64_t block) {
+  return channels * block / matrix_blocks(channels);
 }
 
 enum class MonFourierStep : int {
@@ -75,8 +77,9 @@ struct MonFourierMaps {
   // the factor of each step, and the slope itself in the end. u: Peaceman-Rachford only. z: not
   // where it follows from u (keeps_z); then it is in u in the end.
   void *bias, *slope, *u, *z;
-  const void* active;  // [group][lane], 0 or -1 as wide as an element: lanes that still move
-  double* sums;        // [group][2][lane]: squares of the change of z, and of z
+  const void* active;  // [group][lane], 0 or -1 as wide as an element: lanes that hold a map and
+  // still move
+  double* sums;  // [group][2][lane]: squares of the change of z, and of z
 };
 inline int64_t mon_fourier_pairs(const MonFourierMaps& m) {
   return m.groups / m.per_block * ((m.per_block + 1) / 2);
@@ -86,20 +89,35 @@ inline bool mon_fourier_keeps_z(const MonFourierMaps& m) {
   return !m.resolvent || (!m.adjoint && !cheap);
 }
 
-struct MonFourierProducts {
+// Which maps a group holds: a channel of as many images as there are lanes, or as many channels of
+// an image. A block of `per_block` groups holds all channels of its images.
+struct MonFourierLayout {
   DType dtype;
-  int64_t channels, blocks;  // groups = blocks of lanes x channels
+  bool channel_lanes;
+  int64_t batch, channels, points, lanes;
+  int64_t per_block() const { return channel_lanes ? (channels + lanes - 1) / lanes : channels; }
+  int64_t blocks() const { return channel_lanes ? batch : (batch + lanes - 1) / lanes; }
+  int64_t groups() const { return blocks() * per_block(); }
+
+  struct Group {
+    int64_t first, step, filled;  // the map of lane 0, from lane to lane, and how many
+  };
+  Group group(int64_t g) const {
+    const int64_t block = g / per_block(), within = g % per_block();
+    const auto lanes_of = [this](int64_t left) { return left < lanes ? left : lanes; };
+    if (channel_lanes) {
+      const int64_t channel = within * lanes;
+      return {block * channels + channel, 1, lanes_of(channels - channel)};
+    }
+    return {block * lanes * channels + within, channels, lanes_of(batch - block * lanes)};
+  }
+};
+
+struct MonFourierProducts {
+  MonFourierLayout layout;
   void* spectrum;
   const void* matrix;          // [frequency], packed
   const uint8_t* block_moves;  // [block]
-};
-
-// Maps as torch has them, and groups of them: lane l of group g is map first + l * stride with
-// first = g / per_block * lanes * stride + g % per_block, or none where that is behind the last.
-struct MonFourierLayout {
-  DType dtype;
-  int64_t groups, per_block, stride, maps, points;
-  const double* slope_alpha;  // from_maps only; null, or x becomes x / (x + alpha (1 - x))
 };
 
 FASTPRUNE_PER_ISA(int64_t mon_fourier_lanes(DType dtype);
@@ -114,8 +132,9 @@ FASTPRUNE_PER_ISA(int64_t mon_fourier_lanes(DType dtype);
                   // The spectrum at the frequencies [begin, end), times their matrices, in place.
                   void mon_fourier_products(const MonFourierProducts& products, int64_t begin,
                                             int64_t end, void* scratch);
-                  // Groups [begin, end).
-                  void mon_fourier_from_maps(const MonFourierLayout& layout, const void* maps,
+                  // Groups [begin, end). slope_alpha: null, or x becomes x / (x + alpha (1 - x)).
+                  void mon_fourier_from_maps(const MonFourierLayout& layout,
+                                             const double* slope_alpha, const void* maps,
                                              void* groups, int64_t begin, int64_t end);
                   void mon_fourier_to_maps(const MonFourierLayout& layout, const void* groups,
                                            void* maps, int64_t begin, int64_t end);)
