@@ -279,6 +279,8 @@ StepsFunction steps_of(const MonSplittingArgs& a) {
       return steps<T, Resolvent, false, MonActivation::sigmoid>;
     case MonActivation::softplus:
       return steps<T, Resolvent, false, MonActivation::softplus>;
+    case MonActivation::identity:
+      return steps<T, Resolvent, false, MonActivation::identity>;
     default:
       return steps<T, Resolvent, false, MonActivation::relu>;
   }
@@ -301,6 +303,8 @@ void finish_of(const MonSplittingArgs& a, int64_t tile, void* state, void* scrat
       return finish_tile<T, false, MonActivation::sigmoid>(a, tile, state, scratch, made, out, z);
     case MonActivation::softplus:
       return finish_tile<T, false, MonActivation::softplus>(a, tile, state, scratch, made, out, z);
+    case MonActivation::identity:
+      return finish_tile<T, false, MonActivation::identity>(a, tile, state, scratch, made, out, z);
     default:
       return finish_tile<T, false, MonActivation::relu>(a, tile, state, scratch, made, out, z);
   }

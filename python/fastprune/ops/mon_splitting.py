@@ -16,7 +16,7 @@ from fastprune.ops.mon_operator import Operator, Settings
 from fastprune.reference.mon_splitting import slope as slope_of
 from fastprune.reference.mon_splitting import without_ring
 
-ACTIVATIONS = ("relu", "tanh", "sigmoid", "softplus")
+ACTIVATIONS = ("relu", "tanh", "sigmoid", "softplus", "identity")
 SOLVERS = ("pr", "fb")
 # Power iteration finds L from below; m / L^2 is half of the largest step that converges, so an
 # estimate 0.7 L would still be safe. The step 1 of the reference is taken where it is well inside.

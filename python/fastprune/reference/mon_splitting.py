@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, Map] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "softplus": F.softplus,
+    "identity": lambda x: x,
 }
 
 
@@ -168,7 +169,7 @@ def prox(x: Tensor, activation: str, alpha: float) -> Tensor:
     The root y of (1 - alpha) sigma(y) + alpha y = x, by bisection on a bracket, gives sigma(y).
     """
     sigma = ACTIVATIONS[activation]
-    if alpha == 1.0 or activation == "relu":
+    if alpha == 1.0 or activation in ("relu", "identity"):
         return sigma(x)
     # alpha y + (1 - alpha) sigma(y) increases by at least min(alpha, 1) per unit of y.
     span = (x.abs() + 2.0) / min(alpha, 1.0) + 2.0
@@ -188,7 +189,9 @@ def slope(out: Tensor, activation: str) -> Tensor:
         return 1.0 - out * out
     if activation == "sigmoid":
         return out * (1.0 - out)
-    return -torch.expm1(-out)
+    if activation == "softplus":
+        return -torch.expm1(-out)
+    return torch.ones_like(out)
 
 
 def without_ring(z: Tensor, ring: int) -> Tensor:
