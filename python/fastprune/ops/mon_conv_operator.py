@@ -10,7 +10,13 @@ from torch import Tensor
 
 from fastprune.ops.backend import has_kernel
 from fastprune.ops.mon_fourier import pack_blocks
-from fastprune.ops.mon_operator import Operator, Settings, power_iteration, start_vector
+from fastprune.ops.mon_operator import (
+    Operator,
+    Settings,
+    detached,
+    power_iteration,
+    start_vector,
+)
 from fastprune.reference import mon_splitting as plain
 from fastprune.reference.mon_splitting import Solution
 
@@ -19,7 +25,7 @@ class ConvOperator(Operator):
     """W = (1 - m) I - g A^T A + h (B - B^T), circular, on padded maps.
 
     Args:
-        A, B: (n, n, k, k) of Frobenius norm 1, exact zeros where pruned, or None; detached.
+        A, B: (n, n, k, k) of Frobenius norm 1, exact zeros where pruned, or None.
         g, h: scalars.
         m: strong monotonicity of I - W.
         ring: width of the border that is kept at zero.
@@ -38,7 +44,8 @@ class ConvOperator(Operator):
         a_mask: Tensor | None = None,
         b_mask: Tensor | None = None,
     ) -> None:
-        self.A, self.B, self.g, self.h, self.m = A, B, g, h, m
+        self.A, self.B, self.m = detached(A), detached(B), m
+        self.g, self.h = g.detach(), h.detach()
         self.ring = ring
         self.a_mask, self.b_mask = a_mask, b_mask
         self.channels, self.size = like.shape[1], (like.shape[2], like.shape[3])
@@ -128,8 +135,8 @@ class ConvOperator(Operator):
             )
         )
 
-    def lipschitz(self) -> float:
-        """Power iteration on (I - W)^T (I - W) over maps, from a fixed start."""
+    def _power_iteration(self) -> float:
+        """On (I - W)^T (I - W) over maps, from a fixed start."""
         operator = self.plain()
 
         def apply(x: Tensor) -> Tensor:
@@ -143,8 +150,8 @@ class ConvOperator(Operator):
 def _gram_kernel(kernel: Tensor) -> Tensor:
     """The kernel (n, n, 2 k - 1, 2 k - 1) of A^T A: correlations of A's kernel with itself.
 
-    (A^T A)(i, j, d) = sum over c and t of A(c, i, t) A(c, j, t + d): one Gram matrix of all pairs of
-    taps, whose entries are added up by lag.
+    (A^T A)(i, j, d) = sum over c and t of A(c, i, t) A(c, j, t + d): one Gram matrix of all pairs
+    of taps, whose entries are added up by lag.
     """
     c, n, k, _ = kernel.shape
     flat = kernel.permute(0, 2, 3, 1).reshape(c, k * k * n)

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from fastprune.ops.mon_conv_operator import ConvOperator
-from fastprune.ops.mon_operator import LinearOperator, LinearStructure, Operator, Settings
+from fastprune.ops.mon_operator import (
+    LinearOperator,
+    LinearStructure,
+    Operator,
+    Settings,
+    full_precision,
+)
 from fastprune.ops.mon_splitting import safe_alpha
 from fastprune.ops.mon_weights import ConvExtra, ConvWeights, LinearExtra, LinearWeights
 from fastprune.ops.snapshot import Snapshot
@@ -25,8 +31,8 @@ from fastprune.reference.mon_splitting import without_ring
 _prepared: deque[tuple[Snapshot, Operator]] = deque(maxlen=4)
 
 _ARGUMENTS = (
-    "Tensor? A, Tensor? B, Tensor? g, Tensor? h, Tensor? a_mask, Tensor? b_mask, float m, int ring, "
-    "str activation, str solver, float? alpha, float tol, int max_iter, bool per_sample, "
+    "Tensor? A, Tensor? B, Tensor? g, Tensor? h, Tensor? a_mask, Tensor? b_mask, float m, "
+    "int ring, str activation, str solver, float? alpha, float tol, int max_iter, bool per_sample, "
     "str on_failure"
 )
 _library = torch.library.Library("fastprune", "FRAGMENT")
@@ -58,23 +64,26 @@ def _operator(
         structure = LinearStructure(like.shape[1], A is not None, B is not None, a_mask, b_mask)
         made = LinearOperator(A, B, m, like.shape[1], like, structure)
     else:
-        assert g is not None and h is not None
+        assert g is not None
+        assert h is not None
         made = ConvOperator(A, B, g, h, m, ring, like, a_mask, b_mask)
     _prepared.append((Snapshot(read, context), made))
     return made
 
 
 def _equilibrium(bias: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operator, settings, on_failure = _read(bias, arguments)
-    solution = operator.solve(bias, settings)
+    with torch.no_grad(), full_precision(bias.device):
+        operator, settings, on_failure = _read(bias, arguments)
+        solution = operator.solve(bias, settings)
     info = SolveInfo(solution.iterations, solution.residual, settings.tol)
     report(info, on_failure, "equilibrium")
     return tuple(solution)  # type: ignore[return-value]
 
 
 def _adjoint(grad: Tensor, slope: Tensor, *arguments: Any) -> Tensor:
-    operator, settings, on_failure = _read(grad, arguments)
-    solution = operator.adjoint(grad, slope, settings, True)
+    with torch.no_grad(), full_precision(grad.device):
+        operator, settings, on_failure = _read(grad, arguments)
+        solution = operator.adjoint(grad, slope, settings, True)
     info = SolveInfo(solution.iterations, solution.residual, settings.tol)
     report(info, on_failure, "adjoint equation")
     return solution.out

@@ -113,7 +113,9 @@ def conv_operator(
             def invert(z: Tensor) -> Tensor:
                 f = torch.fft.rfft2(z).flatten(2).permute(2, 1, 0)
                 y = (v @ f).permute(2, 1, 0)
-                return torch.fft.irfft2(y.reshape(*z.shape[:3], size[1] // 2 + 1), s=size)
+                half = y.reshape(*z.shape[:3], size[1] // 2 + 1)
+                back: Tensor = torch.fft.irfft2(half, s=size)
+                return back
 
             return invert
 
@@ -160,7 +162,8 @@ def _frequencies(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     for y in range(k):
         for x in range(k):
             at[:, :, (p - y) % size[0], (p - x) % size[1]] += kernel[:, :, y, x]
-    return torch.fft.rfft2(at).flatten(2).permute(2, 0, 1)
+    transfer: Tensor = torch.fft.rfft2(at)
+    return transfer.flatten(2).permute(2, 0, 1)
 
 
 def prox(x: Tensor, activation: str, alpha: float) -> Tensor:
@@ -311,4 +314,5 @@ def _iterate(
 
 def _norms(x: Tensor, per_sample: bool) -> Tensor:
     flat = x.reshape(len(x), -1) if per_sample else x.reshape(1, -1)
-    return flat.double().norm(dim=1).cpu()
+    norms: Tensor = flat.double().norm(dim=1)
+    return norms.cpu()
