@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastprune.nn.mon_deq import Activation, MonDEQLayer, Solver
-from fastprune.nn.solve_info import OnFailure
 from fastprune.ops.mon_conv_operator import ConvOperator
 from fastprune.ops.mon_weights import ConvExtra, ConvWeights
+from fastprune.ops.solve_info import OnFailure
 
 
 class MonDEQConv2d(MonDEQLayer):
@@ -89,19 +89,23 @@ class MonDEQConv2d(MonDEQLayer):
         if bias.is_meta:  # shapes alone
             return bias
         batched = bias if bias.dim() == 4 else bias.unsqueeze(0)
-        A, B = self._recorded()
+        A, B = self._operands()
         wide = self._widened(batched, A, B)
         g, h = self.g.to(wide.dtype), self.h.to(wide.dtype)
         ring = self.kernel_size // 2
 
-        recorded = torch.is_grad_enabled()
-        unit_a, unit_b = (_unit(A), _unit(B)) if recorded else (A, B)
+        wanted = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        unit_a, unit_b = (_unit(A), _unit(B)) if wanted else (A, B)
+        if torch.compiler.is_compiling():
+            z = self._recorded(wide, ring, unit_a, unit_b, g, h)
+            return z.to(bias.dtype).reshape(bias.shape)
 
         def prepare() -> ConvOperator:
-            units = (unit_a, unit_b) if recorded else [_unit(self._masked(n)) for n in ("A", "B")]
-            detached = [None if t is None else t.detach() for t in (*units, g, h)]
+            units = unit_a, unit_b
+            if not wanted:
+                units = _unit(self._masked("A")), _unit(self._masked("B"))
             masks = (self.A_mask, self.B_mask) if self.sparse else (None, None)
-            return ConvOperator(*detached, self.m, ring, wide, *masks)
+            return ConvOperator(*units, g, h, self.m, ring, wide, *masks)
 
         read = [self.A, self.B, self.A_mask, self.B_mask, self.g, self.h]
         operator = self._prepared_operator(read, wide, prepare)

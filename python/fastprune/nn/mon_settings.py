@@ -9,8 +9,8 @@ from typing import Any, Final
 from torch import nn
 
 from fastprune.nn.mon_deq import Activation, MonDEQLayer, Solver
-from fastprune.nn.solve_info import OnFailure
 from fastprune.ops.mon_splitting import check_settings
+from fastprune.ops.solve_info import OnFailure
 
 
 class _Kept:
