@@ -1,7 +1,9 @@
 """Drop-in layers: same parameters and state_dict keys as the dense layer, plus the mask."""
 
 from fastprune.nn.conv import MaskedConv2d
+from fastprune.nn.deq import DEQ
 from fastprune.nn.linear import MaskedLinear
 from fastprune.nn.masked import MaskedLayer
+from fastprune.nn.solve_info import SolveInfo
 
-__all__ = ["MaskedConv2d", "MaskedLayer", "MaskedLinear"]
+__all__ = ["DEQ", "MaskedConv2d", "MaskedLayer", "MaskedLinear", "SolveInfo"]
