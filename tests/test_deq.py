@@ -387,6 +387,9 @@ def test_a_cell_that_ignores_its_state_or_its_input() -> None:
         x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
         layer = fp.nn.DEQ(NoState(), solver=solver, **EXACT)
         assert torch.equal(layer(x), x.sin())
+        assert layer.info is not None
+        # Found at the second evaluation; Anderson looks from the third on.
+        assert layer.info.iterations == (3 if solver == "anderson" else 2)
         assert torch.autograd.gradcheck(layer, (x,))
         assert torch.autograd.gradgradcheck(layer, (x,))
     layer = fp.nn.DEQ(NoInput())

@@ -38,7 +38,9 @@ class DEQ(nn.Module):
             Anderson.
         memory: m, past iterates that Anderson combines, or updates that Broyden keeps. None: 5 for
             Anderson, all for Broyden.
-        regularization: lambda on the diagonal of Anderson's least-squares problem.
+        regularization: lambda on the diagonal of Anderson's least-squares problem. It is absolute:
+            residuals far below its root are merely averaged, so lower it with ``tol``, or take
+            Broyden for many digits.
         beta: Anderson's mixing of combined values (1) and combined iterates (0); in (0, 1] as a
             rule.
         backward_solver, backward_tol, backward_max_iter: the same for the linear equations of the
@@ -62,12 +64,21 @@ class DEQ(nn.Module):
     Warns:
         UserWarning: see ``on_failure``.
 
-    The cell is called once per iteration, and, where gradients are recorded, twice more. So
-    BatchNorm inside it updates its running statistics that many times in training, and normalizes
-    each call by that call's batch; dropout draws anew each time, so that no equilibrium exists: put
-    both outside, or keep one mask per forward pass. Under autocast the cell runs as autocast says
-    and the solver's own sums in float32. ``torch.compile`` breaks the graph at this layer, which
-    runs as it is (compile the cell by itself); ``torch.export`` refuses it.
+    The cell is called once per iteration, and once more for the result. So BatchNorm inside it
+    updates its running statistics that many times in training, and normalizes each call by that
+    call's batch; dropout draws anew each time, so that no equilibrium exists: put both outside, or
+    keep one mask per forward pass. The cell must not change z or x in place. Gradients reach its
+    parameters (also those that ``torch.func.functional_call`` puts in) and its arguments; another
+    tensor that it reads and that requires gradients is an error, as is a second derivative through
+    an operation that has none (the sparse kernels of masked layers; pruners score dense weights).
+    Under autocast the cell runs as autocast says and the solver's own sums in float32.
+    ``torch.compile`` breaks the graph at this layer, which runs as it is (compile the cell by
+    itself); ``torch.export`` refuses it. With ``torch.utils.checkpoint`` take
+    ``use_reentrant=True``: the other kind computes the layer anew for each product with J.
+
+    SynFlow scores the network of absolute values, whose cell need not have an equilibrium: a
+    normalized or saturating cell stays bounded (but GroupNorm subtracts means, so that scores are
+    no sums over paths), one of ReLU and linear layers may diverge, which raises.
 
     Cost: a step of Anderson reads m + 1 states beside the cell's own work, twice that for Broyden.
     Sources: Bai, Kolter and Koltun 2019; Kolter, Duvenaud and Johnson 2020, "Deep implicit layers",
