@@ -103,26 +103,30 @@ def test_snip_and_grasp(solver: str) -> None:
     before.check()
 
 
-def test_grasp_with_relu_and_the_networks_own_tolerance() -> None:
+def test_grasp_of_the_papers_network() -> None:
     """Where the paper's GraSP fails (Appendix C): a ResNet DEQ, as it is, in float32."""
     torch.manual_seed(0)
     model = fp.models.create("resnet-deq", in_shape=(1, 8, 8), channels=16, inner_channels=16)
     x, y = torch.randn(8, 1, 8, 8), torch.randint(0, 10, (8,))
     task: dict[str, Any] = {"data": [(x, y)], "loss": F.cross_entropy, "include": "deq.cell"}
-    rough = fp.score(model, "grasp", **task)
-    exact = copy.deepcopy(model).double()
-    for name, value in EXACT.items():
-        setattr(exact.deq, name, value)
-    exact.deq.solver = "broyden"
-    fine = fp.score(exact, "grasp", dtype=torch.float64, **task)
-    for name, scores in rough.items():
-        assert scores.isfinite().all()
-        a, b = scores.double().flatten(), fine[name].flatten()
-        assert float(a @ b / (a.norm() * b.norm())) > 0.99, name
     masks = fp.prune(model, "grasp", 0.9, **task)
     assert masks.sparsity() == pytest.approx(0.9, abs=1e-3)
     steps = fp.prune(model, "iter-snip", 0.9, steps=3, **task)
     assert steps.sparsity() == pytest.approx(0.9, abs=1e-3)
+    # How near its scores are is a matter of the solves' tolerance.
+    model.deq.solver, model.deq.max_iter = "broyden", 100
+    exact = copy.deepcopy(model)
+    exact.deq.tol = 1e-12
+    fine = fp.score(exact, "grasp", dtype=torch.float64, **task)
+    angles = []
+    for tol in (1e-2, 1e-3, 1e-5):
+        model.deq.tol = tol
+        scores = fp.score(model, "grasp", **task)
+        a, b = (torch.cat([s[n].double().flatten() for n in masks]) for s in (scores, fine))
+        angles.append(1.0 - float(a @ b / (a.norm() * b.norm())))
+    assert angles[0] < 0.1
+    assert angles[1] < 1e-3
+    assert angles[2] < 1e-7
 
 
 def test_synflow() -> None:

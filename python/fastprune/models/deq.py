@@ -49,7 +49,7 @@ class ResNetDEQCell(nn.Module):
 class ResNetDEQ(nn.Module):
     """3x3 convolution, BatchNorm, equilibrium of ``ResNetDEQCell``, BatchNorm, pooling, classifier.
 
-    ``AvgPool2d(8)``, or the whole side of a smaller map, before the classifier. Paper 000 prunes
+    Pooling averages over quarters of the sides: ``AvgPool2d(8)`` on CIFAR's 32x32. Paper 000 prunes
     the implicit layer only: ``include="deq.cell"``, its two convolutions.
 
     Args:
@@ -74,7 +74,7 @@ class ResNetDEQ(nn.Module):
         in_channels, height, width = check_arguments(num_classes, in_shape)
         super().__init__()
         cell = ResNetDEQCell(channels, inner_channels)
-        pool = min(height, 8), min(width, 8)
+        pool = max(1, height // 4), max(1, width // 4)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.bn1 = nn.BatchNorm2d(channels)
         self.deq = DEQ(cell, **deq)
