@@ -91,9 +91,9 @@ def path_norms(model: nn.Module, masks: Mapping[str, Tensor], *, example_input: 
         names in ``masks``. Where true values would over- or underflow, all are scaled by
         ``2**exponent``. For which weights are on a path at all, :func:`effective_masks` is exact.
     Raises:
-        UnknownOperationError: an operation that is not linear, elementwise, pooling, or a move; an
-            equilibrium layer, whose paths go round without end.
-        ValueError, TypeError: as :func:`fastprune.effective_sparsity`.
+        UnknownOperationError: an operation that is not linear, elementwise, pooling, or a move.
+        ValueError, TypeError: as :func:`fastprune.effective_sparsity`; the model has an equilibrium
+            layer, around which paths have no end.
 
     Cost: a forward and a backward pass in float64. Attention adds up all tokens of a head; two
     activations are multiplied.
@@ -166,6 +166,11 @@ def _apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not values:
         return next((a for a in args if isinstance(a, Tensor)), None)  # of parameters: themselves
     x = values[0]
+    if short.startswith("feedback_") or short == "traced_equilibrium":
+        raise ValueError(
+            "model: it has an equilibrium layer, whose output is also its input: paths go round "
+            "without end, and their sum need not be finite, so no path norms"
+        )
     if short in ("linear", "masked_linear"):
         return _linear(args) if len(values) == 1 else _product(args[0], args[1], transposed=True)
     if short.startswith(("conv", "masked_conv2d")):
@@ -197,11 +202,6 @@ def _apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _Scaled(moved, x.exponent)
     if short in ELEMENTWISE:
         return (x, None, None) if isinstance(node.meta["val"], (tuple, list)) else x
-    if name == "fastprune::traced_equilibrium":
-        raise UnknownOperationError(
-            "model: an equilibrium layer has no path norms: its paths go round without end, and "
-            "their sum need not exist; effective_masks says which weights are on one"
-        )
     raise UnknownOperationError(f"model: {name} has no linearized form, so no path norms")
 
 
