@@ -48,6 +48,10 @@ SIZES = [
     ("cnn", (3, 32, 32), 10, 1_558_026),  # 1.6 M
     ("linear", (1, 28, 28), 10, 7_850),  # 7.9 K
     ("linear", (3, 32, 32), 10, 30_730),  # 30.7 K
+    ("mondeq-fc", (1, 28, 28), 10, 84_313),  # paper 000, Table D1: 84.313 K
+    ("mondeq-conv", (3, 32, 32), 10, 172_218),  # 172.218 K
+    ("mondeq-conv", (1, 28, 28), 10, 79_500),  # there 84.460 K, which is 56 channels
+    ("mondeq-conv", (1, 8, 8), 10, 66_540),
 ]
 
 
@@ -141,6 +145,8 @@ def test_default_shape_and_fx(name: str) -> None:
         ("mlp", (1, 8, 8), {}),
         ("cnn", (1, 16, 16), {}),
         ("linear", (2, 3, 4), {}),
+        ("mondeq-fc", (2, 3, 4), {"features": 5, "activation": "sigmoid"}),
+        ("mondeq-conv", (2, 6, 4), {"features": 3, "pool": 3}),
     ],
 )
 def test_trains(name: str, in_shape: tuple[int, int, int], kwargs: dict[str, Any]) -> None:

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastprune import folding
+from fastprune.equilibrium_choice import choose_equilibrium
 from fastprune.fusing import unfuse_
 from fastprune.kernel_choice import choose_kernel, choose_whole, record_inputs
-from fastprune.nn import MaskedLayer
+from fastprune.nn import MaskedLayer, MonDEQLayer
 from fastprune.nn.batch_last import forget_batch_last_
 from fastprune.report import LayerReport, Report, machine
-from fastprune.swapping import can_mask, mask_layer_, unmask_layer_, unmask_layers_
+from fastprune.swapping import (
+    can_mask,
+    mask_layer_,
+    unmask_equilibrium_,
+    unmask_layer_,
+    unmask_layers_,
+)
 
 
 def accelerate(
@@ -46,9 +53,12 @@ def accelerate(
     The layers become :class:`fastprune.nn.MaskedLinear` / :class:`fastprune.nn.MaskedConv2d` (with
     ``sparse=False`` where dense won): the ``state_dict`` keys of the model, plus the masks, and
     pruned weights stay pruned in training. A fused model is an ``fx.GraphModule`` with the same
-    modules and the same keys (:class:`fastprune.nn.chunks.Chunks` if it runs in chunks). Masked
-    parameters of other layers (1-d and 3-d convolutions, say) are set to zero once, and the report
-    names them.
+    modules and the same keys (:class:`fastprune.nn.chunks.Chunks` if it runs in chunks).
+    Equilibrium layers (:class:`fastprune.nn.MonDEQLinear`, :class:`fastprune.nn.MonDEQConv2d`) take
+    the masks of their A and B by ``set_masks`` and are timed as a whole, a solve with the masks
+    against one with W as a dense matrix: in the report A and B have the same times; their U is a
+    layer like others. Masked parameters of other layers (1-d and 3-d convolutions, say) are set to
+    zero once, and the report names them.
 
     Args:
         model: not changed. Its own train / eval mode is kept, except as said below.
@@ -80,6 +90,8 @@ def accelerate(
         layer = dense.get_submodule(owner)
         if isinstance(layer, MaskedLayer):
             unmask_layer_(layer)
+        elif isinstance(layer, MonDEQLayer):
+            unmask_equilibrium_(layer)
     forget_batch_last_(dense)
     _prune_(dense, masks)
     folded = 0
@@ -88,9 +100,24 @@ def accelerate(
         folded = folding.fold_batchnorm_(dense)
     fast = copy.deepcopy(dense)
     owners = {n: owner for n, owner in weights.items() if can_mask(model.get_submodule(owner))}
-    inputs = record_inputs(dense, set(owners.values()), arguments, training)
-    layers, used = [], set()
+    solved = _equilibria(model, weights)
+    wanted = {*owners.values(), *solved}
+    inputs = record_inputs(dense, wanted, arguments, training)
+    layers: list[LayerReport] = []
+    used: set[Any] = set()
     for name, owner in weights.items():
+        if name in solved.get(owner, {}):
+            if owner in used:
+                continue
+            used.add(owner)
+            own, plain = solved[owner], dense.get_submodule(owner)
+            before, given = model.get_submodule(owner), fast.get_submodule(owner)
+            assert isinstance(before, MonDEQLayer)
+            assert isinstance(given, MonDEQLayer)
+            kept = {n: getattr(before, f"{n}_mask") for n in ("A", "B")}  # where no mask is new
+            given.set_masks(**{**kept, **{matrix: masks[n] for n, matrix in own.items()}})
+            layers += choose_equilibrium(own, plain, given, inputs.get(owner), training, min_time)
+            continue
         if name not in owners:
             kind = type(model.get_submodule(owner)).__name__
             layers.append(LayerReport.kept(name, kind, masks[name], f"no sparse kernel for {kind}"))
@@ -143,6 +170,17 @@ def _check(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
             )
         owners[name] = name.rpartition(".")[0]
     return owners
+
+
+def _equilibria(model: nn.Module, weights: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Equilibrium layers by name: their masked A and B, parameter name -> attribute."""
+    found: dict[str, dict[str, str]] = {}
+    for name, owner in weights.items():
+        if isinstance(model.get_submodule(owner), MonDEQLayer):
+            attribute = name.rpartition(".")[2]
+            if attribute in ("A", "B"):
+                found.setdefault(owner, {})[name] = attribute
+    return found
 
 
 def _prune_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:

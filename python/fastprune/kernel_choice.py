@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastprune import timing
 from fastprune.fusing import fuse, fuse_relu_
-from fastprune.nn import MaskedConv2d, MaskedLayer
+from fastprune.nn import MaskedConv2d, MaskedLayer, MonDEQLayer
 from fastprune.nn.chunks import Chunks, acts_on_samples
 from fastprune.ops import layout
 from fastprune.ops.backend import has_kernels
@@ -249,7 +249,7 @@ def choose_whole(
         winner = best["dense"]
         report.reverted = swapped
         for layer in fast.modules():
-            if isinstance(layer, MaskedLayer):
+            if isinstance(layer, (MaskedLayer, MonDEQLayer)):
                 layer.sparse = False
         for row in report.layers:
             if row.chosen == "sparse":

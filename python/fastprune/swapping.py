@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastprune.masks import readable
 from fastprune.masks_model import match
-from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear
+from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear, MonDEQLayer
 from fastprune.nn.masked import WeightGrad, release_
 
 # Exact types: a subclass may do something else in its forward pass.
@@ -73,11 +73,23 @@ def mask_layer_(layer: nn.Module, mask: Tensor, weight_grad: WeightGrad = "sampl
 
 
 def unmask_layers_(model: nn.Module) -> None:
-    """Turn all masked layers back into plain ones, in place, zeros stored in the absent weights."""
+    """Turn all masked layers back into plain ones, in place, zeros stored in the absent weights.
+
+    Equilibrium layers lose the masks of A and B.
+    """
     for layer in model.modules():
         if type(layer) in _DENSE:
             assert isinstance(layer, MaskedLayer)
             unmask_layer_(layer)
+        elif isinstance(layer, MonDEQLayer):
+            unmask_equilibrium_(layer)
+
+
+def unmask_equilibrium_(layer: MonDEQLayer) -> None:
+    """Plain A and B again, zeros stored in the absent entries."""
+    layer.set_masks(A=layer.A_mask, B=layer.B_mask)  # whatever an optimizer left there
+    layer.set_masks()
+    layer.__dict__.pop("sparse", None)
 
 
 def unmask_layer_(layer: MaskedLayer) -> None:

@@ -16,7 +16,7 @@ from fastprune.cli.common import InterruptedRunError, UsageError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("demo", "train", "bench", "effective", "gpu-check")
+COMMANDS = ("demo", "train", "bench", "effective", "deq", "gpu-check")
 """Names of the subcommands, each a module of this package (with _ in place of -)."""
 
 EXIT_USAGE = 2

@@ -13,17 +13,17 @@ from fastprune.effective.plots import LayerCount, Point, draw_bars, draw_curves
 _MOST_PANELS = 9
 
 
-def _position(sparsity: float) -> float:
+def position(sparsity: float) -> float:
     """Where a sparsity goes: logarithmic in density, so that 90, 99 and 99.9 % are equidistant."""
     return -math.log10(1 - sparsity)
 
 
-def _axis(ax: Any, sparsities: Sequence[float], title: str, label: str) -> None:
+def axis(ax: Any, sparsities: Sequence[float], title: str, label: str) -> None:
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("sparsity")
     ax.set_ylabel(label)
     values = sorted(set(sparsities))
-    ax.set_xticks([_position(s) for s in values], [f"{100 * s:.6g} %" for s in values])
+    ax.set_xticks([position(s) for s in values], [f"{100 * s:.6g} %" for s in values])
     ax.margins(x=0.06)
     figures.open_frame(ax)
 
@@ -41,7 +41,7 @@ def _lines(
         points = []
         for result in results:
             if result["method"] == method and (y := value(result)) is not None:
-                points.append((_position(result["sparsity"]), y))
+                points.append((position(result["sparsity"]), y))
         if points:
             points.sort()
             ax.plot(
@@ -67,7 +67,7 @@ def _speedups_from_zero(ax: Any) -> None:
     ax.set_ylim(0, 1.08 * max(1.1, ax.dataLim.y1))
 
 
-def _caption(machine: Mapping[str, Any]) -> str:
+def caption(machine: Mapping[str, Any]) -> str:
     device, threads = machine.get("gpu", machine["cpu"]), machine["threads"]
     return (
         f"{device}, {threads} thread{'s' if threads > 1 else ''}, {machine['isa']}, "
@@ -97,17 +97,17 @@ def demo(document: Mapping[str, Any], path: Path) -> None:
     for row, network in zip(axes, networks, strict=True):
         results = network["results"]
         name, sparsities = network["model"], [r["sparsity"] for r in results]
-        _axis(row[0], sparsities, f"{name}: accuracy", "test accuracy, %")
+        axis(row[0], sparsities, f"{name}: accuracy", "test accuracy, %")
         _lines(row[0], results, methods, lambda r: 100 * float(r["accuracy"]))
         _level(row[0], 100 * network["dense"]["accuracy"])
         for ax, mode, title in (
             (row[1], "training", "training step"),
             (row[2], "inference", "inference batch"),
         ):
-            _axis(ax, sparsities, f"{name}: {title}", "speedup over best dense")
+            axis(ax, sparsities, f"{name}: {title}", "speedup over best dense")
             _lines(ax, results, methods, _in_mode(mode, "speedup"))
             _speedups_from_zero(ax)
-    figure.suptitle(_caption(document["machine"]), fontsize=9)
+    figure.suptitle(caption(document["machine"]), fontsize=9)
     figures.legend(figure)
     figures.save(figure, path)
 
@@ -132,13 +132,11 @@ def bench(document: Mapping[str, Any], path: Path) -> None:
 
     for ax, mode in zip(axes, settings["modes"], strict=True):
         title = {"inference": "forward", "training": "training step"}[mode]
-        _axis(
-            ax, settings["sparsities"], f"{settings['model']}: {title}", "speedup over best dense"
-        )
+        axis(ax, settings["sparsities"], f"{settings['model']}: {title}", "speedup over best dense")
         _lines(ax, results, settings["methods"], _in_mode(mode, "speedup"))
         _lines(ax, results, settings["methods"], masked(mode), ":", ", weight x mask")
         _speedups_from_zero(ax)
-    figure.suptitle(f"{_caption(document['machine'])}, batch {settings['batch']}", fontsize=8)
+    figure.suptitle(f"{caption(document['machine'])}, batch {settings['batch']}", fontsize=8)
     figures.legend(figure)
     figures.save(figure, path)
 
@@ -172,7 +170,7 @@ def peers(document: Mapping[str, Any], path: Path) -> None:
     shown = [n for n, peer in document["peers"].items() if not peer["dense_torch"] and n != own]
     shown.insert(0, own)
     for ax, (title, points) in zip(axes, panels.items(), strict=False):
-        _axis(ax, [p["sparsity"] for p in points], title, "speedup over best dense float32")
+        axis(ax, [p["sparsity"] for p in points], title, "speedup over best dense float32")
         for_lines = [
             {"method": name, "sparsity": p["sparsity"], "speedup": p["speedup"].get(name)}
             for p in points
@@ -182,7 +180,7 @@ def peers(document: Mapping[str, Any], path: Path) -> None:
         _speedups_from_zero(ax)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    figure.suptitle(_caption(document["machine"]), fontsize=8)
+    figure.suptitle(caption(document["machine"]), fontsize=8)
     figures.legend(figure)
     figures.save(figure, path)
 

@@ -14,7 +14,7 @@ from fastprune.dynamic.layers import all_but_last_linear
 from fastprune.ops.global_topk_mask import Scope, global_topk_mask
 from fastprune.ops.topk_checks import kept_count
 from fastprune.pruners.plan import SCOPES, units
-from fastprune.pruners.targets import Selection, refuse_transposed
+from fastprune.pruners.targets import Selection, refuse_rowless
 from fastprune.schedules import SCHEDULES, count_at
 
 SparsitySchedule: TypeAlias = (
@@ -109,7 +109,7 @@ class ScheduledPruner(DynamicPruner):
 
     def initial_masks(self) -> dict[str, Tensor]:
         """The masks of step 0."""
-        refuse_transposed(self.model, self._weights, self.scope)
+        refuse_rowless(self.model, self._weights, self.scope)
         return self.select(self.counts(0))
 
     def is_due(self, step: int) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastprune.metrics.macs import LAYERS
+from fastprune.metrics.macs import LAYERS, weights_in
 from fastprune.metrics.macs import places as places_of
 from fastprune.pruners.data import call_arguments
 from fastprune.pruners.state import evaluating, preserved
@@ -103,8 +103,8 @@ class Watch:
         kept = {id(weights[n]): int(m.sum()) for n, m in masks.items()}
         total = 0
         for name, places in self.places.items():
-            weight: Tensor = self._layers[name].weight
-            total += places * kept.get(id(weight), weight.numel())
+            for _, weight, _, factor in weights_in(self._layers[name]):
+                total += factor * places * kept.get(id(weight), weight.numel())
         return total
 
     def _listen(self) -> None:

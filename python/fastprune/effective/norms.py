@@ -202,6 +202,11 @@ def _apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _Scaled(moved, x.exponent)
     if short in ELEMENTWISE:
         return (x, None, None) if isinstance(node.meta["val"], (tuple, list)) else x
+    if name == "fastprune::traced_equilibrium":
+        raise UnknownOperationError(
+            "model: an equilibrium layer has no path norms: its paths go round without end, and "
+            "their sum need not exist; effective_masks says which weights are on one"
+        )
     raise UnknownOperationError(f"model: {name} has no linearized form, so no path norms")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from fastprune.pruners.state import evaluating
 
 Rule = Callable[..., Any]
 _rules: dict[str, Rule] = {}
+# What takes the place of a module's forward in a traced graph, by type.
+_stand_ins: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 class UnknownOperationError(ValueError):
@@ -45,6 +49,45 @@ def register_rule(*operations: str) -> Callable[[Rule], Rule]:
         return rule
 
     return register
+
+
+def registered() -> dict[str, Rule]:
+    """The rules of all operations, by name."""
+    return dict(_rules)
+
+
+def register_stand_in(kind: type[nn.Module]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Say what modules of a type, and of types made from it, run while a model is traced.
+
+    For modules that ``torch.export`` cannot look into: the function gets the module and its inputs,
+    and calls an operator that has a rule.
+    """
+
+    def register(forward: Callable[..., Any]) -> Callable[..., Any]:
+        _stand_ins[kind] = forward
+        return forward
+
+    return register
+
+
+@contextmanager
+def _standing_in(model: nn.Module) -> Iterator[None]:
+    found = [
+        (module, forward)
+        for module in model.modules()
+        for kind, forward in _stand_ins.items()
+        if isinstance(module, kind)
+    ]
+    before = [module.__dict__.get("forward") for module, _ in found]
+    try:
+        for module, forward in found:
+            module.__dict__["forward"] = partial(forward, module)
+        yield
+    finally:
+        for (module, _), old in zip(found, before, strict=True):
+            module.__dict__.pop("forward", None)
+            if old is not None:
+                module.__dict__["forward"] = old
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -121,7 +164,7 @@ def graph_of(model: nn.Module, arguments: tuple[Any, ...]) -> Graph:
     Raises:
         ValueError: ``torch.export`` cannot trace the model.
     """
-    with evaluating(model), marking_feedback(), torch.no_grad():
+    with evaluating(model), _standing_in(model), marking_feedback(), torch.no_grad():
         try:
             exported = torch.export.export(model, one_example(arguments), strict=False)
         except Exception as error:

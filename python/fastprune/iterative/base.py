@@ -18,7 +18,7 @@ from fastprune.masks_model import match
 from fastprune.ops.pq_bound import pq_of
 from fastprune.pruners.arguments import weights_of
 from fastprune.pruners.base import warn_of_empty_layers
-from fastprune.pruners.targets import Selection, refuse_transposed
+from fastprune.pruners.targets import Selection, refuse_rowless
 
 
 class IterativePruning(ABC):
@@ -50,7 +50,7 @@ class IterativePruning(ABC):
         self.scope = check_scope(scope, op)
         self.p, self.q = pq_of(p, q, op)
         weights = weights_of(model, include, exclude)
-        refuse_transposed(model, weights, scope)
+        refuse_rowless(model, weights, scope)
         self.model = model
         self._masks = first_masks(model, weights)
         self._layers = Layers(model)

@@ -16,7 +16,7 @@ from fastprune.ops.sparsity_index import index_of, rows_pq
 from fastprune.ops.tensor_statistics import Checked, statistics_of
 from fastprune.pruners.arguments import masks_of, weights_of
 from fastprune.pruners.base import warn_of_empty_layers
-from fastprune.pruners.targets import refuse_transposed
+from fastprune.pruners.targets import refuse_rowless
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def sap_step(
     settings = SAPSettings.check(op, p, q, eta_r, gamma, beta)
     scope = check_scope(scope, op)
     weights, given = weights_and_masks(model, masks, op)
-    refuse_transposed(model, {n: weights[n] for n in given}, scope)
+    refuse_rowless(model, {n: weights[n] for n in given}, scope)
     kept = sap_masks(weights, given, settings, scope, op)
     warn_of_empty_layers(kept, op)
     return Masks(kept)

@@ -1,4 +1,4 @@
-"""Multiply-adds of linear and convolution layers, dense and under masks."""
+"""Multiply-adds of layers with weights, dense and under masks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.func import functional_call
 from fastprune.masks import readable
 from fastprune.masks_model import match
 from fastprune.masks_summary import shown, table
-from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear
+from fastprune.nn import MaskedConv2d, MaskedLayer, MaskedLinear, MonDEQLayer, MonDEQLinear
 from fastprune.pruners.data import call_arguments
 from fastprune.pruners.state import evaluating, preserved
 from fastprune.pruners.targets import PRUNABLE_TYPES, TRANSPOSED
 
-LAYERS = (*PRUNABLE_TYPES, MaskedLinear, MaskedConv2d)
+LAYERS = (*PRUNABLE_TYPES, MaskedLinear, MaskedConv2d, MonDEQLayer)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LayerMacs:
     """Multiply-adds of one layer.
 
     Attributes:
-        name: the weight's parameter name; ``kind``: the layer's type.
+        name: the weight's parameter name; ``kind``: the type of the layer that has it.
         dense: those of all weights; ``direct``: those of the kept ones.
     """
 
@@ -61,14 +61,17 @@ class Macs:
 
 
 def macs(model: nn.Module, example_input: Any, masks: Mapping[str, Tensor] | None = None) -> Macs:
-    """Count the multiply-adds of linear and convolution layers on an example input.
+    """Count the multiply-adds of linear, convolution and equilibrium layers on an example input.
 
     A weight of a convolution is multiplied once per position of the output (of the input, if the
     convolution is transposed), a weight of a linear layer once per row of its input, padding
     included; each kept weight counts alike, so ``direct`` is what a kernel does that skips exactly
     the pruned weights. Biases, normalization and everything that is no layer of these types (a
     call of ``torch.nn.functional``, the projections inside attention) are not counted. A layer
-    that is called several times counts several times.
+    that is called several times counts several times. Of an equilibrium layer
+    (:class:`fastprune.nn.MonDEQLinear`, :class:`fastprune.nn.MonDEQConv2d`) one application of
+    W = (1 - m) I - A^T A + B - B^T counts, every entry of A and B twice, whatever the number of
+    iterations; U counts as the layer that it is.
 
     The model runs once, in evaluation mode and without gradients; it and the random state of torch
     are left as they were. On the ``meta`` device it costs nothing.
@@ -91,34 +94,45 @@ def macs(model: nn.Module, example_input: Any, masks: Mapping[str, Tensor] | Non
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     matched = [] if masks is None else match(model, readable(masks))
-    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
     uses = _uses(model, layers, example_input)
+    ran = {id(w) for n in uses for _, w, _, _ in weights_in(layers[n])}
     kept: dict[int, Tensor] = {}
     for name, weight, mask in matched:
-        if not any(layers[n].weight is weight for n in uses):
+        if id(weight) not in ran:
             raise ValueError(
-                f"masks[{name!r}]: no linear or convolution layer with this weight ran"
+                f"masks[{name!r}]: no linear, convolution or equilibrium layer with this weight ran"
             )
         # A shared weight may have a mask under each of its names.
         before = kept.get(id(weight))
         kept[id(weight)] = mask if before is None else before & mask.to(before.device)
     rows = []
     for name in (n for n in layers if n in uses):
-        layer, weight = layers[name], layers[name].weight
-        own = layer.weight_mask if isinstance(layer, MaskedLayer) else None
-        chosen = kept.get(id(weight), own)
-        nnz = weight.numel() if chosen is None else int(chosen.sum())
-        parameter = f"{name}.weight" if name else "weight"
-        times = uses[name]
-        rows.append(LayerMacs(parameter, type(layer).__name__, weight.numel() * times, nnz * times))
+        layer, times = layers[name], uses[name]
+        for attribute, values, own, factor in weights_in(layer):
+            chosen = kept.get(id(values), own)
+            nnz = values.numel() if chosen is None else int(chosen.sum())
+            parameter = f"{name}.{attribute}" if name else attribute
+            counts = (factor * n * times for n in (values.numel(), nnz))
+            rows.append(LayerMacs(parameter, type(layer).__name__, *counts))
     return Macs(tuple(rows))
 
 
+def weights_in(layer: Any) -> list[tuple[str, Tensor, Tensor | None, int]]:
+    """The weights of a layer: name, values, own mask, and multiplications at each place."""
+    if isinstance(layer, MonDEQLayer):
+        matrices = [(n, getattr(layer, n), getattr(layer, f"{n}_mask")) for n in ("A", "B")]
+        return [(n, w, mask, 2) for n, w, mask in matrices if w is not None]
+    own = layer.weight_mask if isinstance(layer, MaskedLayer) else None
+    return [("weight", layer.weight, own, 1)]
+
+
 def places(layer: Any, x: Tensor, output: Tensor) -> int:
-    """How often a linear or convolution layer multiplies by each of its weights in one call."""
+    """How many places of its result a layer multiplies by each of its weights at, in one call."""
     if isinstance(layer, TRANSPOSED):
         return x.numel() // max(int(layer.in_channels), 1)
-    features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    linear = isinstance(layer, (nn.Linear, MonDEQLinear))
+    features = layer.out_features if linear else layer.out_channels
     return output.numel() // max(int(features), 1)
 
 

@@ -14,6 +14,7 @@ from fastprune.models import external
 from fastprune.models._common import Shape
 from fastprune.models.deq import ResNetDEQ
 from fastprune.models.lenet import LeNet5, lenet_300_100
+from fastprune.models.mondeq import mondeq_conv, mondeq_fc
 from fastprune.models.resnet import resnet_thin, resnet_wide
 from fastprune.models.sap import CNN, linear, mlp
 from fastprune.models.vgg import vgg16, vgg19, vgg_small
@@ -52,6 +53,8 @@ _TABLE: dict[str, _Entry] = {
     "mlp": _Entry(mlp, _DIGITS),
     "cnn": _Entry(CNN),
     "linear": _Entry(linear, _DIGITS),
+    "mondeq-fc": _Entry(mondeq_fc, _DIGITS),
+    "mondeq-conv": _Entry(mondeq_conv),
 }
 
 
@@ -99,7 +102,7 @@ def create(
 
     Weights are drawn from torch's global generator: Kaiming normal, fan in, biases 0, for
     fastprune's own networks (``kaiming_normal_`` redraws with another fan); N(0, 0.01^2) inside
-    the cell of resnet-deq.
+    the cell of resnet-deq, torch's own uniform law for the monDEQs.
 
     Args:
         name: one of ``names()``; case, '-' and '_' do not matter (``"resnet50"`` is

@@ -6,6 +6,7 @@ from fastprune.nn.linear import MaskedLinear
 from fastprune.nn.masked import MaskedLayer
 from fastprune.nn.mon_deq import MonDEQLayer, MonDEQLinear
 from fastprune.nn.mon_deq_conv import MonDEQConv2d
+from fastprune.nn.mon_settings import equilibrium_settings
 from fastprune.ops.solve_info import SolveInfo
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "MonDEQLayer",
     "MonDEQLinear",
     "SolveInfo",
+    "equilibrium_settings",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprune.nn.mon_deq import MonDEQLayer
+
 
 class Chunks(nn.Module):
     """Runs a model on ``size`` samples at a time and joins the results.
@@ -62,6 +64,9 @@ def acts_on_samples(model: nn.Module, arguments: tuple[Any, ...], size: int) -> 
     Noise of the arguments' shapes: equal samples would hide a model that mixes them.
     """
     if model.training or not arguments:
+        return False
+    # A solve that stops by the residual of the whole batch would stop elsewhere.
+    if any(isinstance(m, MonDEQLayer) and not m.per_sample for m in model.modules()):
         return False
     if not all(isinstance(t, Tensor) and t.dim() > 1 for t in arguments):
         return False

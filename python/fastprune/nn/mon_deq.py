@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastprune.ops import mon_recorded  # noqa: F401  # registers the ops for graphs
 from fastprune.ops.mon_operator import (
@@ -32,6 +32,7 @@ class MonDEQLayer(nn.Module):
 
     The masks are buffers ``A_mask`` and ``B_mask``, None where nothing is pruned. Pruning W itself
     could cost well-posedness; pruning A and B cannot: any masks give another monotone layer.
+    The same holds of absolute values, at which SynFlow scores (:class:`fastprune.pruners.SynFlow`).
     """
 
     A: Tensor | None
@@ -39,6 +40,8 @@ class MonDEQLayer(nn.Module):
     A_mask: Tensor | None
     B_mask: Tensor | None
     U: nn.Module
+    # False: masked, but with W as a dense matrix; fastprune.accelerate decides.
+    sparse: bool = True
     # Parameters of this module itself that pruners prune by default, beside U.weight.
     prunable_parameters = ("A", "B")
 
@@ -139,11 +142,20 @@ class MonDEQLayer(nn.Module):
         return state
 
     def _masked(self, name: str) -> Tensor | None:
-        matrix, mask = getattr(self, name), getattr(self, f"{name}_mask")
-        if matrix is None:
-            return None
-        matrix = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
-        return matrix if mask is None else apply_mask(matrix, mask)
+        matrix, mask = self._wide(name), getattr(self, f"{name}_mask")
+        return matrix if mask is None or matrix is None else apply_mask(matrix, mask)
+
+    def _wide(self, name: str) -> Tensor | None:
+        matrix: Tensor | None = getattr(self, name)
+        if matrix is None or matrix.dtype in (torch.float32, torch.float64):
+            return matrix
+        return matrix.float()
+
+    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B for gradients and graphs. Else the operator alone reads them, once per change."""
+        wanted = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        of = self._masked if wanted else self._wide
+        return of("A"), of("B")
 
     def _widened(self, bias: Tensor, A: Tensor | None, B: Tensor | None) -> Tensor:
         """``bias`` in the dtype of the solve."""
@@ -152,11 +164,17 @@ class MonDEQLayer(nn.Module):
             return bias.to(present.dtype)
         return bias if bias.dtype == torch.float64 else bias.float()
 
+    def _leaf(self, x: fx.Proxy) -> Tensor:
+        """A call of the layer in a traced graph: what a solve does depends on values."""
+        tracer: Any = x.tracer
+        name = tracer.path_of_module(self)
+        return tracer.create_proxy("call_module", name, (x,), {})  # type: ignore[no-any-return]
+
     def _prepared_operator(
         self, read: list[Tensor | None], like: Tensor, prepare: Callable[[], Any]
     ) -> Any:
         """The operator of the tensors ``read``, kept until one of them changes."""
-        context = (self.m, like.dtype, like.device, like.shape[1:])
+        context = (self.m, self.sparse, like.dtype, like.device, like.shape[1:])
         if self._prepared is None or not self._prepared[0].matches(read, context):
             with torch.no_grad(), full_precision(like.device):
                 self._prepared = Snapshot(read, context), prepare()
@@ -323,7 +341,7 @@ class MonDEQLinear(MonDEQLayer):
         self._register_matrices(square.get("A"), square.get("B"))
 
     def _structure(self, A: Tensor | None, B: Tensor | None) -> LinearStructure:
-        masks = [self.A_mask, self.B_mask]
+        masks = [self.A_mask, self.B_mask] if self.sparse else [None, None]
         present = A is not None, B is not None
         if self._masks_seen is None or not self._masks_seen[0].matches(masks, present):
             structure = LinearStructure(self.out_features, *present, *masks)
@@ -332,16 +350,22 @@ class MonDEQLinear(MonDEQLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        bias = self.U(x)
-        A, B = self._masked("A"), self._masked("B")
+        given: Any = x
+        if isinstance(given, fx.Proxy):
+            return self._leaf(given)
+        bias: Tensor = self.U(x)
+        if bias.is_meta:  # shapes alone
+            return bias
+        A, B = self._operands()
         flat = self._widened(bias.reshape(-1, self.out_features), A, B)
         if torch.compiler.is_compiling():
             z = self._recorded(flat, 0, A, B, None, None)
             return z.to(bias.dtype).reshape(bias.shape)
 
         def prepare() -> LinearOperator:
-            structure = self._structure(A, B)
-            return LinearOperator(A, B, self.m, self.out_features, flat, structure)
+            masked = self._masked("A"), self._masked("B")
+            structure = self._structure(*masked)
+            return LinearOperator(*masked, self.m, self.out_features, flat, structure)
 
         operator = self._prepared_operator(
             [self.A, self.B, self.A_mask, self.B_mask], flat, prepare

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastprune.nn.mon_deq import Activation, MonDEQLayer, Solver
 from fastprune.ops.mon_conv_operator import ConvOperator
@@ -82,21 +82,30 @@ class MonDEQConv2d(MonDEQLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H + 2 p, W + 2 p)."""
-        bias = self.U(x)
+        given: Any = x
+        if isinstance(given, fx.Proxy):
+            return self._leaf(given)
+        bias: Tensor = self.U(x)
+        if bias.is_meta:  # shapes alone
+            return bias
         batched = bias if bias.dim() == 4 else bias.unsqueeze(0)
-        A, B = self._masked("A"), self._masked("B")
+        A, B = self._operands()
         wide = self._widened(batched, A, B)
         g, h = self.g.to(wide.dtype), self.h.to(wide.dtype)
         ring = self.kernel_size // 2
 
-        unit_a, unit_b = _unit(A), _unit(B)
+        wanted = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        unit_a, unit_b = (_unit(A), _unit(B)) if wanted else (A, B)
         if torch.compiler.is_compiling():
             z = self._recorded(wide, ring, unit_a, unit_b, g, h)
             return z.to(bias.dtype).reshape(bias.shape)
 
         def prepare() -> ConvOperator:
-            masks = self.A_mask, self.B_mask
-            return ConvOperator(unit_a, unit_b, g, h, self.m, ring, wide, *masks)
+            units = unit_a, unit_b
+            if not wanted:
+                units = _unit(self._masked("A")), _unit(self._masked("B"))
+            masks = (self.A_mask, self.B_mask) if self.sparse else (None, None)
+            return ConvOperator(*units, g, h, self.m, ring, wide, *masks)
 
         read = [self.A, self.B, self.A_mask, self.B_mask, self.g, self.h]
         operator = self._prepared_operator(read, wide, prepare)

@@ -19,7 +19,7 @@ from fastprune.pruners.network import Loss
 from fastprune.pruners.plan import SCOPES, Quota, plan_counts
 from fastprune.pruners.registry import make_pruner, takes_input
 from fastprune.pruners.state import preserved
-from fastprune.pruners.targets import Selection, refuse_transposed
+from fastprune.pruners.targets import Selection, refuse_rowless
 from fastprune.quotas.formulas import OnInvalid
 from fastprune.schedules import Schedule
 
@@ -112,8 +112,8 @@ def prune(
             rounding leaves a layer without a weight: ``"redistribute"`` or ``"error"``. None:
             densities are redistributed, and an emptied layer is warned about.
         include, exclude: which weights are prunable; see
-            :func:`fastprune.pruners.prunable`. By default, all linear
-            and convolution weights. The others are left dense and not counted.
+            :func:`fastprune.pruners.prunable`. By default, all linear and convolution weights, and
+            A and B of equilibrium layers. The others are left dense and not counted.
         dtype: torch.float64 or torch.float32: score in that dtype, on copies of parameters,
             buffers and floating-point inputs. None: in the model's own, gradients summed in
             float64 and scores computed in float32 (float64 for float64 weights); SynFlow in
@@ -170,7 +170,7 @@ def prune(
             raise TypeError(f"progress: expected a callable, got {type(progress).__name__}")
         sparsity = sparsity_of(sparsity, schedule, quota)
         weights = weights_of(model, include, exclude)
-        refuse_transposed(model, weights, scope)
+        refuse_rowless(model, weights, scope)
         if schedule is None:
             schedule = "exponential"
         if steps is None and isinstance(schedule, str):

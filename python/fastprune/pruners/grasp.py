@@ -12,7 +12,9 @@ class GraSP(Pruner):
     """w (H g), signed, the largest stay: removing the others keeps the gradient's norm highest.
 
     g and H are the gradient and Hessian of the mean loss over all batches of the step, with respect
-    to the prunable weights only. The Hessian is never formed: H g comes from double backward.
+    to the prunable weights only. The Hessian is never formed: H g comes from double backward,
+    through equilibrium layers by implicit differentiation twice. (ReLU is curved nowhere; paper
+    000, Appendix C, scores equilibria with sigmoids: :func:`fastprune.nn.equilibrium_settings`.)
 
     Args:
         temperature: divides the model's output (the logits) before the loss; > 0. With 1 the

@@ -19,6 +19,14 @@ class SynFlow(Pruner):
     the weight of the products of their absolute weights. Other nonlinearities stay as they are.
     100 steps by default; a pruned weight never returns; in float64, as deep networks need.
 
+    A monotone equilibrium layer at absolute values of its parameters (U, its bias, A, B, g, h) is
+    one more such layer: its equilibrium on the input that comes is found, and R is differentiated
+    through it by implicit differentiation, as exactly as its ``tol`` lets the solves be. With ReLU
+    that is a linear pass over the units that are positive; unlike in a feed-forward network some
+    may be off, as W = (1 - m) I - A^T A + B - B^T has negative entries whatever the signs of A and
+    B, and the derivative by a weight may be negative: the score is its size. Paper 000 (Appendix C)
+    scores with sigmoids instead: :func:`fastprune.nn.equilibrium_settings`.
+
     Args:
         example_input: what the model is called on (a tensor, or a tuple, list or dict of tensors
             for several inputs), with a batch dimension; only shapes and kinds are read. None:

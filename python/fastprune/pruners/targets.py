@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastprune.nn import MonDEQLayer
+
 Selector: TypeAlias = str | type[nn.Module]
 Selection: TypeAlias = Selector | Iterable[Selector] | None
 
@@ -29,6 +31,7 @@ _NORMALIZATION = (
     nn.LocalResponseNorm,
     nn.RMSNorm,
 )
+_PARAMETRIZED = "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -46,7 +49,9 @@ class _Place:
 
     @property
     def by_default(self) -> bool:
-        return self.attribute == "weight" and isinstance(self.module, PRUNABLE_TYPES)
+        if self.attribute == "weight" and isinstance(self.module, PRUNABLE_TYPES):
+            return True
+        return self.attribute in _named_by_class(self.module)
 
 
 def prunable(
@@ -55,9 +60,15 @@ def prunable(
     """The weights to prune, by parameter name, in the order of ``named_parameters()``.
 
     By default: the ``weight`` of every linear and convolution layer (transposed ones too, the
-    output projection of attention too), the last layer included; never biases or normalization. A
-    parameter that several modules share appears once, under its first name. ``requires_grad`` does
-    not matter.
+    output projection of attention too), the last layer included; never biases or normalization; and
+    what a module's class names in ``prunable_parameters``: A and B of monotone equilibrium layers,
+    beside the weight of their U. A parameter that several modules share appears once, under its
+    first name. ``requires_grad`` does not matter.
+
+    A module of your own may name some of its parameters too::
+
+        class Low(nn.Module):
+            prunable_parameters = ("left", "right")
 
     Args:
         model: any module.
@@ -98,26 +109,36 @@ def prunable(
     weights = {n: p for n, p in model.named_parameters() if id(p) in identities}
     if not weights:
         raise ValueError(
-            "the model has no prunable weights: no linear or convolution layer"
+            "the model has no prunable weights: no linear, convolution or equilibrium layer"
             + (" is left by include and exclude" if include or exclude else "")
         )
     return weights
 
 
-def refuse_transposed(model: nn.Module, weights: Mapping[str, nn.Parameter], scope: str) -> None:
-    """Refuse row scopes on transposed convolutions, whose first dimension is the input's.
+def refuse_rowless(model: nn.Module, weights: Mapping[str, nn.Parameter], scope: str) -> None:
+    """Refuse row scopes on weights whose rows are not what one output unit reads.
+
+    Those are the weights of transposed convolutions, whose first dimension is the input's, and A
+    and B of equilibrium layers, each entry of which joins two units in both directions.
 
     Raises:
-        ValueError: ``scope`` is ``neuron`` or ``filter`` and one of ``weights`` is transposed.
+        ValueError: ``scope`` is ``neuron`` or ``filter`` and one of ``weights`` is of that kind.
     """
     if scope not in ("neuron", "filter"):
         return
-    found = {id(m.weight) for m in model.modules() if isinstance(m, TRANSPOSED)}
+    why: dict[int, str] = {}
+    for m in model.modules():
+        if isinstance(m, TRANSPOSED):
+            why[id(m.weight)] = (
+                "the rows of a transposed convolution's weight are inputs, not outputs"
+            )
+        elif isinstance(m, MonDEQLayer):
+            for matrix in (m.A, m.B):
+                why[id(matrix)] = "its entries act in both directions, A and A^T, B and -B^T"
     for name, weight in weights.items():
-        if id(weight) in found:
+        if id(weight) in why:
             raise ValueError(
-                f"scope: {scope!r} is not supported for {name}: the rows of a transposed "
-                "convolution's weight are inputs, not outputs; exclude it"
+                f"scope: {scope!r} is not supported for {name}: {why[id(weight)]}; exclude it"
             )
 
 
@@ -126,6 +147,11 @@ def _attributes(module: nn.Module) -> Iterator[str]:
     yield from (name for name, p in module._parameters.items() if p is not None)
     if isinstance(module, PRUNABLE_TYPES) and module._parameters.get("weight") is None:
         yield "weight"
+    yield from (a for a in _named_by_class(module) if parametrize.is_parametrized(module, a))
+
+
+def _named_by_class(module: nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(type(module), "prunable_parameters", ()))
 
 
 def _selectors(selection: Selection, argument: str) -> list[Selector]:
@@ -200,7 +226,7 @@ def _never_prunable(place: _Place) -> str | None:
 
 def _parametrized(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module, "weight"):
-        return "is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+        return _PARAMETRIZED
     if "weight_orig" in module._parameters:
         return (
             "is computed from weight_orig by a hook (torch.nn.utils.prune or spectral_norm): "
@@ -216,6 +242,8 @@ def _parametrized(module: nn.Module) -> str | None:
 def _refuse_unusable(place: _Place) -> None:
     if isinstance(place.module, PRUNABLE_TYPES) and (why := _parametrized(place.module)):
         raise ValueError(f"{place.name}: the weight {why}")
+    if parametrize.is_parametrized(place.module, place.attribute):
+        raise ValueError(f"{place.name}: the parameter {_PARAMETRIZED}")
     weight = getattr(place.module, place.attribute)
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{place.name}: not initialized yet: run the model once first")
