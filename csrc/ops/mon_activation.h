@@ -12,9 +12,10 @@ inline MonActivation mon_activation_of(const std::string& name, const char* op) 
   if (name == "relu") return MonActivation::relu;
   if (name == "tanh") return MonActivation::tanh;
   if (name == "sigmoid") return MonActivation::sigmoid;
-  STD_TORCH_CHECK(name == "softplus", op,
-                  ": activation: expected relu, tanh, sigmoid or softplus, got ", name);
-  return MonActivation::softplus;
+  if (name == "softplus") return MonActivation::softplus;
+  STD_TORCH_CHECK(name == "identity", op,
+                  ": activation: expected relu, tanh, sigmoid, softplus or identity, got ", name);
+  return MonActivation::identity;
 }
 
 }  // namespace fastprune

@@ -3,7 +3,7 @@
 
 namespace fastprune {
 
-enum class MonActivation : int { relu, tanh, sigmoid, softplus };
+enum class MonActivation : int { relu, tanh, sigmoid, softplus, identity };
 
 }  // namespace fastprune
 
@@ -143,8 +143,10 @@ inline Vec<T> activate(Vec<T> x) {
     return tanh_of<T>(x);
   } else if constexpr (A == MonActivation::sigmoid) {
     return sigmoid_of<T>(x);
-  } else {
+  } else if constexpr (A == MonActivation::softplus) {
     return softplus_of<T>(x);
+  } else {
+    return x;
   }
 }
 
@@ -183,10 +185,12 @@ inline Vec<T> solve_tanh_sum(Vec<T> x, T c, T d) {
 }
 
 // The z of (1 - alpha) z + alpha activation^-1(z) = x: with z = activation(y), the y of
-// (1 - alpha) activation(y) + alpha y = x. alpha > 0; at 1 it is the activation, for ReLU always.
+// (1 - alpha) activation(y) + alpha y = x. alpha > 0; at 1 it is the activation, for ReLU and the
+// identity always.
 template <MonActivation A, typename T>
 inline Vec<T> proximal(Vec<T> x, T alpha) {
-  if (A == MonActivation::relu || alpha == T(1)) return activate<A, T>(x);
+  constexpr bool kScales = A == MonActivation::relu || A == MonActivation::identity;
+  if (kScales || alpha == T(1)) return activate<A, T>(x);
   const T c = T(1) - alpha;
   if constexpr (A == MonActivation::tanh) {
     return tanh_of<T>(solve_tanh_sum<T>(x, c, alpha));
@@ -194,7 +198,7 @@ inline Vec<T> proximal(Vec<T> x, T alpha) {
     // sigmoid(2 t) = (1 + tanh(t)) / 2.
     const Vec<T> t = solve_tanh_sum<T>(x - c / 2, c / 2, alpha * 2);
     return sigmoid_of<T>(t * T(2));
-  } else {
+  } else if constexpr (A == MonActivation::softplus) {
     // Convex for alpha < 1, else concave: monotone as above.
     const Vec<T> far = x / alpha;
     const Vec<T> start = c > 0 ? (far < x ? far : x) : (far > x ? far : x);
@@ -202,6 +206,8 @@ inline Vec<T> proximal(Vec<T> x, T alpha) {
       return (softplus_of<T>(v) * c + v * alpha - x) / (sigmoid_of<T>(v) * c + alpha);
     });
     return softplus_of<T>(y);
+  } else {
+    return activate<A, T>(x);
   }
 }
 
