@@ -21,7 +21,7 @@ Options = dict[str, object]
 def pack(blocks: Tensor, case: Case, dtype: torch.dtype) -> Tensor:
     """W or the resolvent, as the kernels of a GPU read it."""
     real = torch.view_as_real(blocks.to(dtype.to_complex()).resolve_conj())
-    return emulated.ops.mon_fourier_pack(guarded(real), *case.size)  # type: ignore[no-any-return]
+    return emulated.ops.mon_fourier_pack(guarded(real), *case.size)
 
 
 def run(case: Case, dtype: torch.dtype, **how: object) -> plain.Solution:

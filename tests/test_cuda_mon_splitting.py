@@ -61,8 +61,8 @@ class Case:
         w = plain.linear_operator(plain.linear_matrix(a, b, self.m, self.n, self.bias.double()))
         bias = self.bias.double()
         if adjoint:
-            return plain.adjoint(w, bias, self.slope.double(), solver, alpha, *rest)  # type: ignore[arg-type]
-        return plain.solve(w, bias, activation, solver, alpha, *rest)  # type: ignore[arg-type]
+            return plain.adjoint(w, bias, self.slope.double(), solver, alpha, *rest)
+        return plain.solve(w, bias, activation, solver, alpha, *rest)
 
     def found(
         self, activation: str, solver: str, alpha: float, *rest: object, adjoint: bool
@@ -99,8 +99,8 @@ class Case:
 
     def agree(self, *arguments: object, adjoint: bool = False) -> plain.Solution:
         """Counts are equal and values close; ``arguments``: those of ``Settings``."""
-        expected = self.expected(*arguments, adjoint=adjoint)  # type: ignore[arg-type]
-        found = self.found(*arguments, adjoint=adjoint)  # type: ignore[arg-type]
+        expected = self.expected(*arguments, adjoint=adjoint)
+        found = self.found(*arguments, adjoint=adjoint)
         assert found.iterations.dtype == torch.int64
         assert found.residual.dtype == torch.float64
         assert found.iterations.tolist() == expected.iterations.tolist(), arguments
