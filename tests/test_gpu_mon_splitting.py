@@ -118,7 +118,7 @@ def maps(
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize(
     ("batch", "channels", "size"),
-    [(1, 1, (5, 7)), (5, 81, (30, 30)), (3, 130, (34, 9)), (2, 3, (66, 66)), (1, 2, (140, 130))],
+    [(1, 1, (5, 7)), (2, 81, (30, 30)), (3, 130, (10, 9)), (2, 3, (66, 66)), (1, 2, (140, 130))],
 )
 def test_convolution(
     batch: int, channels: int, size: tuple[int, int], per_sample: bool, dtype: torch.dtype
@@ -135,7 +135,7 @@ def test_convolution(
 def solves(dtype: torch.dtype, scale: float) -> list[Tensor]:
     """All that a solve returns, for each kind of kernel; nothing is waited for."""
     found: list[Tensor] = []
-    for n, density in ((87, 1.0), (150, 1.0), (150, 0.03)):
+    for n, density in KINDS:
         operator, bias = CASES[n, density, dtype]
         for per_sample in (False, True):
             settings = Settings("relu", "pr", 1.0, 1e-3, 60, per_sample)
@@ -144,13 +144,14 @@ def solves(dtype: torch.dtype, scale: float) -> list[Tensor]:
     return [*found, *solve_maps(bias * scale, matrix, resolvent, ring=1)]
 
 
+KINDS = ((87, 1.0), (150, 1.0), (150, 0.03), (400, 1.0), (400, 0.03))
 CASES: dict[tuple[int, float, torch.dtype], tuple[LinearOperator, Tensor]] = {}
 CONV: dict[torch.dtype, tuple[Tensor, Tensor, Tensor]] = {}
 
 
 def prepare(dtype: torch.dtype) -> None:
     """Operators with all that they keep."""
-    for n, density in ((87, 1.0), (150, 1.0), (150, 0.03)):
+    for n, density in KINDS:
         CASES[n, density, dtype] = layer(n, 20, density, dtype)
     _, bias, matrix, resolvent = maps(5, 7, (12, 10), dtype)
     CONV[dtype] = bias.to(DEVICE, dtype), matrix, resolvent

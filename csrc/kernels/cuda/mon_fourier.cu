@@ -99,19 +99,24 @@ __device__ __forceinline__ void decide(const Solve& v, int64_t made, unsigned* p
     }
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  v.control->ticket = 0;
+  if (threadIdx.x >= 32) return;
   if (!a.rule.per_sample) {
     double change = 0, norm = 0;
-    for (int64_t n = 0; n < a.batch; ++n) {
+    for (int64_t n = lane; n < a.batch; n += 32) {
       change += v.totals[2 * n];
       norm += v.totals[2 * n + 1];
     }
-    const double now = relative_residual(change, norm);
-    *a.iterations = made;
-    *a.residual = now;
-    *left = goes_on(now, a.rule.tol) ? 1 : 0;
+    change = sum_over_warp<1>(change);
+    norm = sum_over_warp<1>(norm);
+    if (lane == 0) {
+      const double now = relative_residual(change, norm);
+      *a.iterations = made;
+      *a.residual = now;
+      *left = goes_on(now, a.rule.tol) ? 1 : 0;
+    }
   }
+  if (lane != 0) return;
+  v.control->ticket = 0;
   if (*left == 0) v.control->done = 1;
 }
 
@@ -155,7 +160,7 @@ __device__ __forceinline__ void write_spectrum(const Solve& v, int64_t map,
 
 // One channel of four samples at a time.
 template <typename T, bool kSpilled>
-__global__ void __launch_bounds__(kMapThreads, 1)
+__global__ void __launch_bounds__(kMapThreads, sizeof(T) == 4 ? 3 : 1)
     maps_kernel(const __grid_constant__ Solve v, MapStep step, bool inverse, int64_t made) {
   __shared__ double norms[kMapWarps][8];
   __shared__ unsigned place;
