@@ -60,8 +60,8 @@ MonSplittingCall validate_mon_splitting(const Tensor& bias, const std::optional<
     check_size(*slope, 0, c.batch, op, "slope");
     check_size(*slope, 1, c.n, op, "slope");
   }
-  STD_TORCH_CHECK(pair.empty() || pair.size() == 6, op,
-                  ": pair: expected no or 6 tensors, got ", pair.size());
+  STD_TORCH_CHECK(pair.empty() || pair.size() == 6, op, ": pair: expected no or 6 tensors, got ",
+                  pair.size());
   STD_TORCH_CHECK(single.empty() || single.size() == 3, op,
                   ": single: expected no or 3 tensors, got ", single.size());
   STD_TORCH_CHECK(!matrix.has_value() || (pair.empty() && single.empty()), op,
@@ -102,8 +102,8 @@ class BatchRun {
   void run(int64_t* iterations, double* residual) {
     StepForecast forecast(a_.tol);
     // A state that stays in the cache from step to step, on one thread: nothing to gain.
-    const bool one_by_one = (a_.tiles() == 1 || thread_count() == 1) &&
-                            state_bytes_ * a_.tiles() <= kCacheBytes;
+    const bool one_by_one =
+        (a_.tiles() == 1 || thread_count() == 1) && state_bytes_ * a_.tiles() <= kCacheBytes;
     std::unique_ptr<Scratch> before;
     int64_t made = 0;
     while (true) {
@@ -142,8 +142,8 @@ class BatchRun {
     made_.assign(static_cast<size_t>(a_.tiles()), 0);
     each_tile([&](int64_t tile, void* scratch) {
       const MonNotes notes{nullptr, iterations + tile * a_.tile, residuals + tile * a_.tile};
-      made_[static_cast<size_t>(tile)] = FASTPRUNE_PICK(mon_steps)(
-          a_, tile, state(tile), scratch, 0, max_iter_, notes);
+      made_[static_cast<size_t>(tile)] =
+          FASTPRUNE_PICK(mon_steps)(a_, tile, state(tile), scratch, 0, max_iter_, notes);
     });
   }
 
@@ -248,8 +248,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mon_splitting_cpu(
   const char* op = "mon_splitting";
   check_cpu(bias_in, op, "bias");
   const MonSplittingCall c =
-      validate_mon_splitting(bias_in, slope_in, matrix, resolvent, pair, single, blocks,
-                             activation, alpha, tol, max_iter, op);
+      validate_mon_splitting(bias_in, slope_in, matrix, resolvent, pair, single, blocks, activation,
+                             alpha, tol, max_iter, op);
   const Tensor bias = dense(bias_in);
   std::optional<Tensor> slope = slope_in;
   if (slope.has_value()) slope = dense(*slope);

@@ -34,124 +34,108 @@ constexpr int kMostVectors = 2;
 // Columns of the matrix at a time: their rows of the panel stay in the L1 cache.
 constexpr int64_t kDepthBytes = 24 << 10;
 
-// G groups, of each the first R rows, times V vectors of the panel's lanes from `x` on.
-template <typename T, int V, int G, int R>
-struct RegisterTile {
-  static constexpr int W = kLanes<T>;
-  Vec<T> sums[G * R][V];
+// What is to happen to rows of sums that are complete: rows [first, first + count) of the panel
+// that they were stored in, `width` lanes of it from `lane` on. Not inlined into the register
+// tiles, of which there are many: the rows are still in the L1 cache.
+struct RowsDone {
+  void (*call)(const void* self, int64_t first, int64_t count, int lane, int width);
+  const void* self;
+  inline void operator()(int64_t first, int64_t count, int lane, int width) const {
+    call(self, first, count, lane, width);
+  }
+};
 
-  inline void start(const T* from, int64_t row, int lanes) {
+template <typename T>
+struct DenseProduct {
+  const T* packed;
+  int64_t n;
+  const T *x, *bias;  // bias: panel that the sums start from, or null
+  int lanes;
+  T* sums;  // panel
+
+  // G groups from row `first` on, of each the first R rows, times V vectors of the panel from
+  // `lane` on; `rows` of them exist.
+  template <int V, int G, int R>
+  void tile(int64_t first, int64_t rows, int lane, int64_t k_begin, int64_t depth) const {
+    constexpr int W = kLanes<T>;
+    Vec<T> sum[G * R][V];
+    const T* from = k_begin == 0 ? bias : sums;
 #pragma GCC unroll 24
     for (int i = 0; i < G * R; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        sums[i][v] = from == nullptr ? Vec<T>{} : load(from + (row + i) * lanes + v * W);
+        // Past the last row there is nothing to read, and what is added is zero.
+        sum[i][v] = from == nullptr || i >= rows ? Vec<T>{}
+                                                 : load(from + (first + i) * lanes + lane + v * W);
       }
     }
-  }
-  // w: of the first group, group_size elements before the next.
-  inline void add(const T* w, int64_t group_size, const T* x, int lanes, int64_t depth) {
-    for (int64_t k = 0; k < depth; ++k, w += kGroupRows, x += lanes) {
+    const int64_t group_size = n * kGroupRows;
+    const T* w = packed + (first / kGroupRows * n + k_begin) * kGroupRows;
+    const T* column_at = x + k_begin * lanes + lane;
+    for (int64_t k = 0; k < depth; ++k, w += kGroupRows, column_at += lanes) {
       Vec<T> column[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) column[v] = load(x + v * W);
+      for (int v = 0; v < V; ++v) column[v] = load(column_at + v * W);
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
           const Vec<T> value = broadcast(w[g * group_size + r]);
 #pragma GCC unroll 4
-          for (int v = 0; v < V; ++v) sums[g * R + r][v] += value * column[v];
+          for (int v = 0; v < V; ++v) sum[g * R + r][v] += value * column[v];
         }
       }
     }
-  }
-};
-
-template <typename T, typename F>
-struct DenseProduct {
-  static constexpr int W = kLanes<T>;
-  const T* packed;
-  int64_t n;
-  const T *x, *bias;  // bias: panel that the sums start from, or null
-  int lanes;
-  T* partial;  // panel, used where n is more than one depth
-  const F& finish;
-
-  // Rows [first, first + rows) of the lanes from `lane` on; rows <= G * R.
-  template <int V, int G, int R>
-  void rows(int64_t first, int64_t row_count, int lane, int64_t depth_begin, int64_t depth) const {
-    RegisterTile<T, V, G, R> tile;
-    const bool whole = row_count == G * R;
-    const T* from = depth_begin == 0 ? bias : partial;
-    if (whole || from == nullptr) {
-      tile.start(from == nullptr ? nullptr : from + lane, first, lanes);
-    } else {
-      for (int i = 0; i < G * R; ++i) {
-        for (int v = 0; v < V; ++v) {
-          tile.sums[i][v] =
-              i < row_count ? load(from + (first + i) * lanes + lane + v * W) : Vec<T>{};
-        }
-      }
-    }
-    tile.add(packed + (first / kGroupRows * n + depth_begin) * kGroupRows, n * kGroupRows,
-             x + depth_begin * lanes + lane, lanes, depth);
-    const bool last = depth_begin + depth == n;
 #pragma GCC unroll 24
     for (int i = 0; i < G * R; ++i) {
-      if (i >= row_count) break;
-      const int64_t at = (first + i) * lanes + lane;
-      if (last) {
-        finish.template operator()<V>(tile.sums[i], at, lane);
-      } else {
-        for (int v = 0; v < V; ++v) store(partial + at + v * W, tile.sums[i][v]);
-      }
+      if (i >= rows) break;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(sums + (first + i) * lanes + lane + v * W, sum[i][v]);
     }
   }
 
   template <int V>
-  void columns(int lane, int64_t depth_begin, int64_t depth) const {
+  void columns(int lane, int64_t k_begin, int64_t depth, const RowsDone& done) const {
     constexpr int G = kMostVectors / V;
+    const bool last = k_begin + depth == n;
+    const auto ready = [&](int64_t row, int64_t count) {
+      if (last) done(row, count, lane, V * kLanes<T>);
+    };
     int64_t row = 0;
     for (; row + G * kGroupRows <= n; row += G * kGroupRows) {
-      rows<V, G, kGroupRows>(row, G * kGroupRows, lane, depth_begin, depth);
+      tile<V, G, kGroupRows>(row, G * kGroupRows, lane, k_begin, depth);
+      ready(row, G * kGroupRows);
     }
     for (; row < n; row += kGroupRows) {
-      const int64_t left = n - row;
+      const int64_t left = n - row < kGroupRows ? n - row : kGroupRows;
       if (left <= kGroupRows / 2) {
-        rows<V, 1, kGroupRows / 2>(row, left, lane, depth_begin, depth);
+        tile<V, 1, kGroupRows / 2>(row, left, lane, k_begin, depth);
       } else {
-        rows<V, 1, kGroupRows>(row, left < kGroupRows ? left : kGroupRows, lane, depth_begin,
-                               depth);
+        tile<V, 1, kGroupRows>(row, left, lane, k_begin, depth);
       }
+      ready(row, left);
     }
   }
 
-  void run() const {
-    const int most = lanes / W < kMostVectors ? lanes / W : kMostVectors;
+  void run(const RowsDone& done) const {
+    const int vectors = lanes / kLanes<T>;
+    const int most = vectors < kMostVectors ? vectors : kMostVectors;
     int64_t depth = kDepthBytes / (most * kVectorBytes);
     if (n <= depth + depth / 2) depth = n;
-    for (int lane = 0; lane < lanes; lane += most * W) {
+    for (int lane = 0; lane < lanes; lane += most * kLanes<T>) {
       for (int64_t k = 0; k < n; k += depth) {
         const int64_t here = n - k < depth ? n - k : depth;
         if (most == 4) {
-          if constexpr (kMostVectors >= 4) columns<4>(lane, k, here);
+          if constexpr (kMostVectors >= 4) columns<4>(lane, k, here, done);
         } else if (most == 2) {
-          columns<2>(lane, k, here);
+          columns<2>(lane, k, here, done);
         } else {
-          columns<1>(lane, k, here);
+          columns<1>(lane, k, here, done);
         }
       }
     }
   }
 };
-
-// Row r of the product is handed to finish.operator()<V>(sums, place in the panel, lane).
-template <typename T, typename F>
-void dense_product(const T* packed, int64_t n, const T* x, const T* bias, int lanes, T* partial,
-                   const F& finish) {
-  DenseProduct<T, F>{packed, n, x, bias, lanes, partial, finish}.run();
-}
 
 }  // namespace
 }  // namespace fastprune::FASTPRUNE_ISA

@@ -72,46 +72,59 @@ struct Finish {
   bool per_sample;
   T* norms;  // 2 * lanes
 
-  // at: of the first lane in the panels; lane: of the same in the tile.
-  template <int V>
-  inline void operator()(const Vec<T>* sums, int64_t at, int lane) const {
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const int64_t i = at + v * W;
-      const int j = lane + v * W;
-      const Vec<T> sum = sums[v];
+  // The sums stand where the new state is to be.
+  void rows(int64_t first, int64_t count, int lane, int width) const {
+    for (int j = lane; j < lane + width; j += W) {
       if constexpr (P == Phase::apply) {
-        store(to + i, Adjoint ? load(s.slope + i) * sum : activate<A, T>(sum));
+        for (int64_t r = first; r < first + count; ++r) one(r * lanes + j, j, nullptr, nullptr);
       } else {
-        const Vec<T> old = load(z + i);
-        Vec<T> made;
-        if constexpr (Resolvent) {
-          const Vec<T> half = Adjoint ? load(rhs + i) : load(s.half + i);
-          const Vec<T> u = T(2) * sum - half;
-          made = proximal_of(u, i);
-          const Vec<T> next = T(2) * made - u;
-          if constexpr (Adjoint) {
-            store(next_rhs + i, next);
-          } else {
-            store(s.half + i, next);
-            store(next_rhs + i, next + alpha * load(s.bias + i));
-          }
-        } else {
-          made = proximal_of(alpha * sum + keep * old, i);
-        }
-        if (per_sample) {
-          const Bits on = (Bits)load(s.active + j);
-          made = (Vec<T>)(((Bits)made & on) | ((Bits)old & ~on));
-        }
-        store(to + i, made);
-        const Vec<T> change = made - old;
-        store(norms + j, load(norms + j) + change * change);
-        store(norms + lanes + j, load(norms + lanes + j) + made * made);
+        Vec<T> change = load(norms + j), norm = load(norms + lanes + j);
+        for (int64_t r = first; r < first + count; ++r) one(r * lanes + j, j, &change, &norm);
+        store(norms + j, change);
+        store(norms + lanes + j, norm);
       }
     }
   }
+  RowsDone done() const {
+    return {[](const void* self, int64_t first, int64_t count, int lane, int width) {
+              static_cast<const Finish*>(self)->rows(first, count, lane, width);
+            },
+            this};
+  }
 
  private:
+  inline void one(int64_t i, int j, Vec<T>* changes, Vec<T>* norm) const {
+    const Vec<T> sum = load(to + i);
+    if constexpr (P == Phase::apply) {
+      store(to + i, Adjoint ? load(s.slope + i) * sum : activate<A, T>(sum));
+      return;
+    }
+    const Vec<T> old = load(z + i);
+    Vec<T> made;
+    if constexpr (Resolvent) {
+      const Vec<T> half = Adjoint ? load(rhs + i) : load(s.half + i);
+      const Vec<T> u = T(2) * sum - half;
+      made = proximal_of(u, i);
+      const Vec<T> next = T(2) * made - u;
+      if constexpr (Adjoint) {
+        store(next_rhs + i, next);
+      } else {
+        store(s.half + i, next);
+        store(next_rhs + i, next + alpha * load(s.bias + i));
+      }
+    } else {
+      made = proximal_of(alpha * sum + keep * old, i);
+    }
+    if (per_sample) {
+      const Bits on = (Bits)load(s.active + j);
+      made = (Vec<T>)(((Bits)made & on) | ((Bits)old & ~on));
+    }
+    store(to + i, made);
+    const Vec<T> change = made - old;
+    *changes += change * change;
+    *norm += made * made;
+  }
+
   inline Vec<T> proximal_of(Vec<T> x, int64_t i) const {
     if constexpr (!Adjoint) {
       return proximal<A, T>(x, alpha);
@@ -123,14 +136,13 @@ struct Finish {
   }
 };
 
-// Hands each row of bias + W x to `finish` when it is complete. sums: a panel for sums under way,
-// which may be the one that finish writes; down: another.
-template <typename T, typename F>
+// sums = bias + W x; every row is handed to `done` when it is complete. down: a panel.
+template <typename T>
 void multiply(const MonSplittingArgs& a, const T* x, const T* bias, int lanes, T* sums, T* down,
-              const F& finish) {
+              const RowsDone& done) {
   const MonMatrix& m = a.matrix;
   if (m.dense != nullptr) {
-    dense_product<T>(static_cast<const T*>(m.dense), a.n, x, bias, lanes, sums, finish);
+    DenseProduct<T>{static_cast<const T*>(m.dense), a.n, x, bias, lanes, sums}.run(done);
     return;
   }
   constexpr int W = kLanes<T>;
@@ -150,12 +162,7 @@ void multiply(const MonSplittingArgs& a, const T* x, const T* bias, int lanes, T
     add(m.down, m.down_values, x, down);
     add(m.up, m.up_values, down, sums);
   }
-  for (int64_t r = 0; r < a.n; ++r) {
-    for (int j = 0; j < lanes; j += W) {
-      const Vec<T> sum = load(sums + r * lanes + j);
-      finish.template operator()<1>(&sum, r * lanes + j, j);
-    }
-  }
+  done(0, a.n, 0, lanes);
 }
 
 template <typename T>
@@ -211,7 +218,7 @@ bool stop_samples(const MonSplittingArgs& a, const State<T>& s, const TileOf<T>&
 
 template <typename T, bool Resolvent, bool Adjoint, MonActivation A>
 int64_t steps(const MonSplittingArgs& a, int64_t index, void* memory, void* scratch, int64_t first,
-           int64_t count, const MonNotes& notes) {
+              int64_t count, const MonNotes& notes) {
   const TileOf<T> tile(a, index);
   const State<T> s(a, tile.lanes, memory);
   T* const down = static_cast<T*>(scratch);
@@ -219,26 +226,23 @@ int64_t steps(const MonSplittingArgs& a, int64_t index, void* memory, void* scra
   const T alpha = static_cast<T>(a.alpha);
   for (int64_t step = first; step < first + count; ++step) {
     const int from = static_cast<int>(step & 1);
-    T* norms = a.per_sample
-                   ? own_norms
-                   : static_cast<T*>(notes.norms) + (step - first) * 2 * tile.lanes;
+    T* norms =
+        a.per_sample ? own_norms : static_cast<T*>(notes.norms) + (step - first) * 2 * tile.lanes;
     for (int j = 0; j < 2 * tile.lanes; ++j) norms[j] = 0;
     const Finish<T, Phase::step, Resolvent, Adjoint, A> finish{
-        s,           tile.lanes,       alpha, 1 - alpha, s.z[from], s.z[1 - from],
+        s,           tile.lanes,      alpha,        1 - alpha, s.z[from], s.z[1 - from],
         s.rhs[from], s.rhs[1 - from], a.per_sample, norms};
     if constexpr (Resolvent) {
-      dense_product<T>(static_cast<const T*>(a.resolvent), a.n, s.rhs[from], nullptr, tile.lanes,
-                       s.z[1 - from], finish);
+      DenseProduct<T>{
+          static_cast<const T*>(a.resolvent), a.n, s.rhs[from], nullptr, tile.lanes, s.z[1 - from]}
+          .run(finish.done());
     } else if (step == 0) {  // W 0 = 0
-      constexpr int W = kLanes<T>;
-      for (int64_t r = 0; r < a.n; ++r) {
-        for (int j = 0; j < tile.lanes; j += W) {
-          const Vec<T> sum = load(s.bias + r * tile.lanes + j);
-          finish.template operator()<1>(&sum, r * tile.lanes + j, j);
-        }
+      for (int64_t i = 0; i < a.n * tile.lanes; i += kLanes<T>) {
+        store(s.z[1 - from] + i, load(s.bias + i));
       }
+      finish.rows(0, a.n, 0, tile.lanes);
     } else {
-      multiply<T>(a, s.z[from], s.bias, tile.lanes, s.z[1 - from], down, finish);
+      multiply<T>(a, s.z[from], s.bias, tile.lanes, s.z[1 - from], down, finish.done());
     }
     if (a.per_sample && !stop_samples(a, s, tile, norms, notes)) return step + 1;
   }
@@ -254,10 +258,10 @@ void finish_tile(const MonSplittingArgs& a, int64_t index, void* memory, void* s
   T* const applied = s.z[1 - from];
   const Finish<T, Phase::apply, false, Adjoint, A> finish{
       s, tile.lanes, T(1), T(0), s.z[from], applied, nullptr, nullptr, false, nullptr};
-  multiply<T>(a, s.z[from], s.bias, tile.lanes, applied, static_cast<T*>(scratch), finish);
+  multiply<T>(a, s.z[from], s.bias, tile.lanes, applied, static_cast<T*>(scratch), finish.done());
   const auto unpack = [&](const T* from_panel, void* to) {
-    write_transposed<T>(from_panel, a.n, tile.lanes, tile.n,
-                        static_cast<T*>(to) + tile.first * a.n, nullptr, false, a.n);
+    write_transposed<T>(from_panel, a.n, tile.lanes, tile.n, static_cast<T*>(to) + tile.first * a.n,
+                        nullptr, false, a.n);
   };
   unpack(applied, out);
   unpack(s.z[from], z);
@@ -275,6 +279,8 @@ StepsFunction steps_of(const MonSplittingArgs& a) {
       return steps<T, Resolvent, false, MonActivation::sigmoid>;
     case MonActivation::softplus:
       return steps<T, Resolvent, false, MonActivation::softplus>;
+    case MonActivation::identity:
+      return steps<T, Resolvent, false, MonActivation::identity>;
     default:
       return steps<T, Resolvent, false, MonActivation::relu>;
   }
@@ -297,6 +303,8 @@ void finish_of(const MonSplittingArgs& a, int64_t tile, void* state, void* scrat
       return finish_tile<T, false, MonActivation::sigmoid>(a, tile, state, scratch, made, out, z);
     case MonActivation::softplus:
       return finish_tile<T, false, MonActivation::softplus>(a, tile, state, scratch, made, out, z);
+    case MonActivation::identity:
+      return finish_tile<T, false, MonActivation::identity>(a, tile, state, scratch, made, out, z);
     default:
       return finish_tile<T, false, MonActivation::relu>(a, tile, state, scratch, made, out, z);
   }

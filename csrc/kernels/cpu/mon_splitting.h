@@ -66,7 +66,7 @@ FASTPRUNE_PER_ISA(
     // The steps [first, first + count), notes.norms from its beginning. With per_sample until all
     // samples have met the tolerance. Returns how many steps the tile has made in all.
     int64_t mon_steps(const MonSplittingArgs& args, int64_t tile, void* state, void* scratch,
-                   int64_t first, int64_t count, const MonNotes& notes);
+                      int64_t first, int64_t count, const MonNotes& notes);
     // One more application after `steps` steps; out and z are batch x n.
     void mon_finish(const MonSplittingArgs& args, int64_t tile, void* state, void* scratch,
                     int64_t steps, void* out, void* z);)

@@ -5,7 +5,7 @@ from fastprune.nn.linear import MaskedLinear
 from fastprune.nn.masked import MaskedLayer
 from fastprune.nn.mon_deq import MonDEQLayer, MonDEQLinear
 from fastprune.nn.mon_deq_conv import MonDEQConv2d
-from fastprune.nn.solve_info import SolveInfo
+from fastprune.ops.solve_info import SolveInfo
 
 __all__ = [
     "MaskedConv2d",
