@@ -75,7 +75,7 @@ class Case:
             matrix = guarded(w)
         else:
             pair, single = op._sparse_form(adjoint)
-            diagonal = 0.0 if self.structure.merged else 1.0 - self.m
+            diagonal = 1.0 - self.m
         eye = torch.eye(self.n, dtype=torch.float64)
         v = torch.linalg.inv((1.0 + alpha) * eye - alpha * w.double()).to(w.dtype)
         a = None if self.structure.a is None else self.structure.a.pattern
