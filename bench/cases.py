@@ -34,6 +34,32 @@ class Conv(NamedTuple):
         )
 
 
+class MonLinear(NamedTuple):
+    """A fully connected equilibrium layer: A and B of (features, features)."""
+
+    features: int
+    batch: int
+    sparsity: float
+
+    def __str__(self) -> str:
+        return f"{self.features} features, batch {self.batch}, {100 * self.sparsity:g} % pruned"
+
+
+class MonConv(NamedTuple):
+    """A convolutional one, 3x3; the images' size, without the border."""
+
+    channels: int
+    size: int
+    batch: int
+    sparsity: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.channels} ch {self.size}x{self.size}, batch {self.batch}, "
+            f"{100 * self.sparsity:g} % pruned"
+        )
+
+
 LINEAR = (
     Linear(512, 512, 64),
     Linear(512, 512, 1024),
@@ -166,3 +192,15 @@ GPU_EQUILIBRIA = ((87, 128, 0.0), (1024, 128, 0.0), (1024, 128, 0.95))
 GPU_EQUILIBRIUM_OVER_LOOP = {(87, 128): 50.0}
 GPU_EQUILIBRIUM_CONV = (81, 34, 16)
 GPU_EQUILIBRIUM_TOL = 1e-2
+
+# The notebook size of Winston and Kolter's programs, and a large layer; the paper's networks.
+MON_LINEAR = (
+    MonLinear(87, 128, 0.0),
+    MonLinear(87, 128, 0.9),
+    MonLinear(1024, 128, 0.95),
+)
+MON_CONV = (
+    MonConv(81, 32, 16, 0.0),
+    MonConv(81, 32, 16, 0.9),
+    MonConv(81, 32, 16, 0.99),
+)

@@ -1,8 +1,10 @@
 // A dense square matrix times a panel: what the splitting steps spend their time in.
 //
-// The matrix is packed in groups of rows, the rows of a group interleaved, so that a group is read
-// front to back. A register tile is a group's rows by a few vectors of the panel; narrow panels
-// take several groups at once, so that as many sums are in flight.
+// The matrix is cut into depths of a few columns, whose rows of the panel stay in the L1 cache, and
+// each depth is packed in groups of rows, the rows of a group interleaved: a product reads the
+// whole matrix front to back, which is what a large one, read from afar, needs. A register tile is
+// a group's rows by a few vectors of the panel; narrow panels take several groups at once, so that
+// as many sums are in flight.
 #pragma once
 
 #include "kernels/cpu/simd.h"
@@ -14,14 +16,24 @@ constexpr int kGroupRows = 6;
 
 inline int64_t row_groups(int64_t n) { return (n + kGroupRows - 1) / kGroupRows; }
 
-// packed[(g * n + k) * kGroupRows + r] = matrix[(g * kGroupRows + r) * n + k], 0 past the end.
+// Columns to a depth: 24 KB of a panel of the widest tiles. The last depth may be shorter.
+constexpr int64_t kDepth = 96;
+inline int64_t depth_of(int64_t n) { return n <= kDepth + kDepth / 2 ? n : kDepth; }
+
+// Column k of row g * kGroupRows + r, 0 past the last row: of the depth that begins at column k0
+// and has d columns, packed[k0 * row_groups(n) * kGroupRows + (g * d + k - k0) * kGroupRows + r].
 template <typename T>
 void pack_groups(int64_t n, const T* matrix, T* packed, int64_t begin, int64_t end) {
   for (int64_t g = begin; g < end; ++g) {
-    T* to = packed + g * n * kGroupRows;
-    for (int r = 0; r < kGroupRows; ++r) {
-      const int64_t row = g * kGroupRows + r;
-      for (int64_t k = 0; k < n; ++k) to[k * kGroupRows + r] = row < n ? matrix[row * n + k] : T(0);
+    for (int64_t k0 = 0; k0 < n; k0 += depth_of(n)) {
+      const int64_t depth = n - k0 < depth_of(n) ? n - k0 : depth_of(n);
+      T* to = packed + (k0 * row_groups(n) + g * depth) * kGroupRows;
+      for (int r = 0; r < kGroupRows; ++r) {
+        const int64_t row = g * kGroupRows + r;
+        for (int64_t k = 0; k < depth; ++k) {
+          to[k * kGroupRows + r] = row < n ? matrix[row * n + k0 + k] : T(0);
+        }
+      }
     }
   }
 }
@@ -31,8 +43,6 @@ constexpr int kMostVectors = 4;
 #else
 constexpr int kMostVectors = 2;
 #endif
-// Columns of the matrix at a time: their rows of the panel stay in the L1 cache.
-constexpr int64_t kDepthBytes = 24 << 10;
 
 // What is to happen to rows of sums that are complete: rows [first, first + count) of the panel
 // that they were stored in, `width` lanes of it from `lane` on. Not inlined into the register
@@ -69,8 +79,8 @@ struct DenseProduct {
                                                  : load(from + (first + i) * lanes + lane + v * W);
       }
     }
-    const int64_t group_size = n * kGroupRows;
-    const T* w = packed + (first / kGroupRows * n + k_begin) * kGroupRows;
+    const int64_t group_size = depth * kGroupRows;
+    const T* w = packed + k_begin * row_groups(n) * kGroupRows + first / kGroupRows * group_size;
     const T* column_at = x + k_begin * lanes + lane;
     for (int64_t k = 0; k < depth; ++k, w += kGroupRows, column_at += lanes) {
       Vec<T> column[V];
@@ -120,8 +130,7 @@ struct DenseProduct {
   void run(const RowsDone& done) const {
     const int vectors = lanes / kLanes<T>;
     const int most = vectors < kMostVectors ? vectors : kMostVectors;
-    int64_t depth = kDepthBytes / (most * kVectorBytes);
-    if (n <= depth + depth / 2) depth = n;
+    const int64_t depth = depth_of(n);
     for (int lane = 0; lane < lanes; lane += most * kLanes<T>) {
       for (int64_t k = 0; k < n; k += depth) {
         const int64_t here = n - k < depth ? n - k : depth;

@@ -10,6 +10,10 @@
 namespace fastprune::FASTPRUNE_ISA {
 namespace {
 
+// Between panels, in elements: rows of the same number would stand at the same place of a page
+// where a panel is whole pages, and loads would wait for stores that they have nothing to do with.
+constexpr int64_t kPanelGap = 96;
+
 // Panels of n rows x tile lanes. Which of z[0], z[1] (rhs[0], rhs[1]) is current follows from the
 // number of steps made.
 template <typename T>
@@ -28,7 +32,7 @@ struct State {
     T* next = static_cast<T*>(memory);
     const auto panel = [&](bool wanted) {
       T* here = wanted ? next : nullptr;
-      if (wanted) next += a.n * tile;
+      if (wanted) next += a.n * tile + kPanelGap;
       return here;
     };
     bias = panel(true);
@@ -331,7 +335,7 @@ int64_t mon_widest_tile(DType dtype, int64_t batch) {
 
 int64_t mon_state_bytes(const MonSplittingArgs& a) {
   const int64_t element = a.dtype == DType::f64 ? 8 : 4;
-  return (State<float>::panels(a) * a.n + 1) * a.tile * element;
+  return ((State<float>::panels(a) * a.n + 1) * a.tile + 8 * kPanelGap) * element;
 }
 
 int64_t mon_scratch_bytes(const MonSplittingArgs& a) {
