@@ -39,7 +39,7 @@ def solve_maps(
     """z = activation(W z + bias) or, with ``slope``, u = slope * (bias + W u).
 
     Args:
-        bias: (N, n, height, width), float32 or float64, on the CPU.
+        bias: (N, n, height, width), float32 or float64.
         matrix: W, from :func:`pack_blocks`; for the adjoint equation W^T.
         resolvent: ((1 + alpha) I - alpha W)^-1, packed likewise: Peaceman-Rachford. None:
             forward-backward.
