@@ -21,7 +21,6 @@ class FourierTables {
       for (; left % p == 0; left /= p) q *= p;
       if (q > 1) factors.push_back(q);
     }
-    line_.factors = static_cast<int>(factors.size());
     // Element (n mod q for each factor q) is at the sum of (length / q)(n mod q): then the
     // transforms along the factors leave output k, for which the places say the same, at k.
     places_.emplace_back();
@@ -30,22 +29,31 @@ class FourierTables {
       for (int64_t q : factors) place += length / q * (n % q);
       places_[0].push_back(static_cast<int32_t>(place % length * unit));
     }
-    for (int64_t q : factors) {
+    // A factor 2 goes with an odd one: one pass over the data less.
+    const int64_t twice = factors.size() > 1 && factors[0] == 2 ? 2 : 1;
+    if (twice == 2) factors.erase(factors.begin());
+    for (size_t i = 0; i < factors.size(); ++i) {
+      const int64_t q = factors[i], copies = i == 0 ? twice : 1;
       places_.emplace_back();
-      for (int64_t base = 0; base < length; base += q) {
-        for (int64_t t = 0; t < q; ++t) {
-          places_.back().push_back(static_cast<int32_t>((base + t * (length / q)) % length * unit));
+      for (int64_t base = 0; base < length; base += copies * q) {
+        for (int64_t copy = 0; copy < copies; ++copy) {
+          for (int64_t t = 0; t < q; ++t) {
+            const int64_t place = base + copy * (length / 2) + t * (length / q);
+            places_.back().push_back(static_cast<int32_t>(place % length * unit));
+          }
         }
       }
       make_table(q, dtype);
-      const int64_t vectors = q % 2 == 0 ? 4 * q : 2 * q;
+      const int64_t vectors = q % 2 == 0 ? 4 * q : 2 * copies * q;
       work_ = work_ > vectors ? work_ : vectors;
+      line_.factor[i] = {copies * q, q % 2 == 0 ? 1 : q, nullptr, nullptr};
     }
+    line_.factors = static_cast<int>(factors.size());
     line_.places = places_[0].data();
     for (size_t i = 0; i < factors.size(); ++i) {
-      const void* table = dtype == DType::f64 ? static_cast<const void*>(doubles_[i].data())
-                                              : static_cast<const void*>(floats_[i].data());
-      line_.factor[i] = {factors[i], places_[i + 1].data(), table};
+      line_.factor[i].places = places_[i + 1].data();
+      line_.factor[i].table = dtype == DType::f64 ? static_cast<const void*>(doubles_[i].data())
+                                                  : static_cast<const void*>(floats_[i].data());
     }
   }
   FourierTables(const FourierTables&) = delete;

@@ -91,38 +91,71 @@ inline void odd_outputs(Vec<T>* x, const int32_t* places, int64_t n, int64_t hal
   }
 }
 
-// Length: known when compiling, or 0. work: 2 n.
-template <typename T, int Length>
-void dft_odd(Vec<T>* x, const FourierFactor& f, const int32_t* places, Vec<T>* work) {
-  const int64_t n = Length > 0 ? Length : f.length, half = n / 2;
-  const T* table = static_cast<const T*>(f.table);
-  const Vec<T> re = x[places[0]], im = x[places[0] + 1];
-  Vec<T> sum_re = re, sum_im = im;
-  for (int64_t t = 1; t <= half; ++t) {
-    const Vec<T>*a = x + places[t], *b = x + places[n - t];
-    const Vec<T> ar = a[0], ai = a[1], br = b[0], bi = b[1];
-    Vec<T>* s = work + 4 * (t - 1);
-    s[0] = ar + br, s[1] = ai + bi, s[2] = ar - br, s[3] = ai - bi;
-    sum_re += s[0], sum_im += s[1];
-  }
-  x[places[0]] = sum_re, x[places[0] + 1] = sum_im;
+// All outputs but X_0, of what odd_sums has written.
+template <typename T>
+inline void odd_rest(Vec<T>* x, const int32_t* places, int64_t n, const Vec<T>* sums,
+                     const T* table, Vec<T> re, Vec<T> im) {
+  const int64_t half = n / 2;
   int64_t k = 1;
   for (; k + 3 <= half; k += 4, table += 8 * half) {
-    odd_outputs<T, 4>(x, places, n, half, k, work, table, re, im);
+    odd_outputs<T, 4>(x, places, n, half, k, sums, table, re, im);
   }
   switch (half + 1 - k) {
     case 3:
-      odd_outputs<T, 3>(x, places, n, half, k, work, table, re, im);
+      odd_outputs<T, 3>(x, places, n, half, k, sums, table, re, im);
       break;
     case 2:
-      odd_outputs<T, 2>(x, places, n, half, k, work, table, re, im);
+      odd_outputs<T, 2>(x, places, n, half, k, sums, table, re, im);
       break;
     case 1:
-      odd_outputs<T, 1>(x, places, n, half, k, work, table, re, im);
+      odd_outputs<T, 1>(x, places, n, half, k, sums, table, re, im);
       break;
     default:
       break;
   }
+}
+template <typename T>
+inline void put_sums(Vec<T>* s, Vec<T> ar, Vec<T> ai, Vec<T> br, Vec<T> bi, Vec<T>& all_re,
+                     Vec<T>& all_im) {
+  s[0] = ar + br, s[1] = ai + bi, s[2] = ar - br, s[3] = ai - bi;
+  all_re += s[0], all_im += s[1];
+}
+
+// Length: known when compiling, or 0. work: 2 n.
+template <typename T, int Length>
+void dft_odd(Vec<T>* x, const FourierFactor& f, const int32_t* places, Vec<T>* work) {
+  const int64_t n = Length > 0 ? Length : f.length;
+  const Vec<T> re = x[places[0]], im = x[places[0] + 1];
+  Vec<T> sum_re = re, sum_im = im;
+  for (int64_t t = 1; t <= n / 2; ++t) {
+    const Vec<T>*a = x + places[t], *b = x + places[n - t];
+    put_sums<T>(work + 4 * (t - 1), a[0], a[1], b[0], b[1], sum_re, sum_im);
+  }
+  x[places[0]] = sum_re, x[places[0] + 1] = sum_im;
+  odd_rest<T>(x, places, n, work, static_cast<const T*>(f.table), re, im);
+}
+
+// Twice an odd number n: sums and differences of the two, which are transformed as above. work:
+// 4 n. Odd: known when compiling, or 0.
+template <typename T, int Odd>
+void dft_twice_odd(Vec<T>* x, const FourierFactor& f, const int32_t* places, Vec<T>* work) {
+  const int64_t n = Odd > 0 ? Odd : f.odd;
+  const int32_t* others = places + n;
+  Vec<T>*a = x + places[0], *b = x + others[0], *differences = work + 2 * n;
+  const Vec<T> re = a[0] + b[0], im = a[1] + b[1], re_d = a[0] - b[0], im_d = a[1] - b[1];
+  Vec<T> sum_re = re, sum_im = im, sum_re_d = re_d, sum_im_d = im_d;
+  for (int64_t t = 1; t <= n / 2; ++t) {
+    const Vec<T>*a0 = x + places[t], *a1 = x + others[t];
+    const Vec<T>*b0 = x + places[n - t], *b1 = x + others[n - t];
+    put_sums<T>(work + 4 * (t - 1), a0[0] + a1[0], a0[1] + a1[1], b0[0] + b1[0], b0[1] + b1[1],
+                sum_re, sum_im);
+    put_sums<T>(differences + 4 * (t - 1), a0[0] - a1[0], a0[1] - a1[1], b0[0] - b1[0],
+                b0[1] - b1[1], sum_re_d, sum_im_d);
+  }
+  a[0] = sum_re, a[1] = sum_im, b[0] = sum_re_d, b[1] = sum_im_d;
+  const T* table = static_cast<const T*>(f.table);
+  odd_rest<T>(x, places, n, work, table, re, im);
+  odd_rest<T>(x, others, n, differences, table, re_d, im_d);
 }
 
 template <typename T>
@@ -143,11 +176,19 @@ void dft_line(const FourierLine& line, Vec<T>* x, Vec<T>* work) {
       case 5:
         each([&](const int32_t* p) { dft_odd<T, 5>(x, f, p, work); });
         break;
+      case 6:
+        each([&](const int32_t* p) { dft_twice_odd<T, 3>(x, f, p, work); });
+        break;
+      case 10:
+        each([&](const int32_t* p) { dft_twice_odd<T, 5>(x, f, p, work); });
+        break;
       default:
-        if (f.length % 2 == 0) {
+        if (f.odd == 1) {
           each([&](const int32_t* p) { dft_power_of_2<T>(x, f, p, work); });
-        } else {
+        } else if (f.odd == f.length) {
           each([&](const int32_t* p) { dft_odd<T, 0>(x, f, p, work); });
+        } else {
+          each([&](const int32_t* p) { dft_twice_odd<T, 0>(x, f, p, work); });
         }
     }
   }
