@@ -12,16 +12,18 @@ namespace fastprune {
 
 class FourierTables {
  public:
+  // Odd prime powers are transformed by products with all cosines and sines; so many fit.
+  static constexpr int64_t kLargestOdd = 4095;
+  static int64_t largest_odd(int64_t length) {
+    int64_t largest = 1;
+    for (int64_t q : prime_powers(length)) largest = std::max(largest, q % 2 == 0 ? 1 : q);
+    return largest;
+  }
+
   // unit: vectors from one element of the line to the next.
   FourierTables(int64_t length, int64_t unit, DType dtype) {
     line_.length = length;
-    std::vector<int64_t> factors;
-    for (int64_t p = 2, left = length; left > 1; ++p) {
-      if (p * p > left) p = left;
-      int64_t q = 1;
-      for (; left % p == 0; left /= p) q *= p;
-      if (q > 1) factors.push_back(q);
-    }
+    std::vector<int64_t> factors = prime_powers(length);
     // Element (n mod q for each factor q) is at the sum of (length / q)(n mod q): then the
     // transforms along the factors leave output k, for which the places say the same, at k.
     places_.emplace_back();
@@ -71,6 +73,17 @@ class FourierTables {
   int64_t work() const { return work_; }  // vectors
 
  private:
+  static std::vector<int64_t> prime_powers(int64_t length) {
+    std::vector<int64_t> factors;
+    for (int64_t p = 2, left = length; left > 1; ++p) {
+      if (p * p > left) p = left;
+      int64_t q = 1;
+      for (; left % p == 0; left /= p) q *= p;
+      if (q > 1) factors.push_back(q);
+    }
+    return factors;
+  }
+
   // 1, g, g^2, ... modulo q with g of order q - 1, for primes q = 4 i + 1 above 5; else empty.
   static std::vector<int64_t> powers_of_generator(int64_t q) {
     if (q % 4 != 1 || q <= 5) return {};
