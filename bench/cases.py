@@ -34,6 +34,32 @@ class Conv(NamedTuple):
         )
 
 
+class MonLinear(NamedTuple):
+    """A fully connected equilibrium layer: A and B of (features, features)."""
+
+    features: int
+    batch: int
+    sparsity: float
+
+    def __str__(self) -> str:
+        return f"{self.features} features, batch {self.batch}, {100 * self.sparsity:g} % pruned"
+
+
+class MonConv(NamedTuple):
+    """A convolutional one, 3x3; the images' size, without the border."""
+
+    channels: int
+    size: int
+    batch: int
+    sparsity: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.channels} ch {self.size}x{self.size}, batch {self.batch}, "
+            f"{100 * self.sparsity:g} % pruned"
+        )
+
+
 LINEAR = (
     Linear(512, 512, 64),
     Linear(512, 512, 1024),
@@ -159,3 +185,15 @@ GPU_SELECTION_OVER_KTHVALUE = 100.0
 GPU_LARGE_SELECTION = 1_000_000_000
 # Over the time of two reads of the factors and one write of the mask.
 GPU_SELECTION_OVER_FLOOR = 1.5
+
+# The notebook size of Winston and Kolter's programs, and a large layer; the paper's networks.
+MON_LINEAR = (
+    MonLinear(87, 128, 0.0),
+    MonLinear(87, 128, 0.9),
+    MonLinear(1024, 128, 0.95),
+)
+MON_CONV = (
+    MonConv(81, 32, 16, 0.0),
+    MonConv(81, 32, 16, 0.9),
+    MonConv(81, 32, 16, 0.99),
+)

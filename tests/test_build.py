@@ -13,6 +13,7 @@ import fastprune as fp
 
 ROOT = Path(__file__).resolve().parent.parent
 STEMS = ["masked_linear", "masked_conv2d", "global_topk_mask", "tensor_statistics", "path_norm"]
+STEMS += ["mon_splitting"]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -86,7 +87,16 @@ def test_every_stem_has_all_its_files(stem: str) -> None:
         # Of an op's kernels:
         parts = ("topk", "conv_", "masked_conv2d_", "masked_linear_", "statistics_")
         parts += ("tensor_statistics_",)
-        parts += ("path_norm_", "reach_")
-        known |= {"cuda_form", "device_plan", "panel_weight", "kept_panel", "planned_conv"}
+        parts += ("path_norm_", "reach_", "mon_")
+        known |= {
+            "snapshot",
+            "solve_info",
+            "panel_pack",
+            "cuda_form",
+            "device_plan",
+            "panel_weight",
+            "kept_panel",
+            "planned_conv",
+        }
         found = {p.name.split(".")[0].removesuffix("_cuda") for p in (ROOT / path).glob("*.*")}
         assert found <= known | {p for p in found if p.startswith(parts)}, path

@@ -35,6 +35,8 @@ SIZES = [
     ("resnet-50", (3, 32, 32), 100, 23_705_252),  # 23.71 M
     ("resnet-50", (3, 64, 64), 200, 23_910_152),  # 23.91 M
     ("resnet-56", (3, 32, 32), 10, 853_018),  # He et al., Table 6: 0.85 M
+    ("resnet-deq", (3, 32, 32), 10, 64_842),
+    ("resnet-deq", (1, 8, 8), 10, 63_978),
     ("resnet18-imagenet", (3, 224, 224), 1000, 11_689_512),
     ("resnet50-imagenet", (3, 224, 224), 1000, 25_557_032),  # paper 002, Table 3: 25.56 M
     ("wide-resnet-28-2", (3, 32, 32), 10, 1_467_610),  # paper 001, Figure 3: 1.47 M
@@ -135,6 +137,7 @@ def test_default_shape_and_fx(name: str) -> None:
         ("resnet-20", (3, 8, 8), {"shortcut": "projection", "stable": True}),
         ("resnet-18", (3, 8, 8), {"stable": True}),
         ("wide-resnet-28-2", (3, 8, 8), {"stable": True}),
+        ("resnet-deq", (2, 8, 9), {"on_failure": "ignore"}),
         ("mlp", (1, 8, 8), {}),
         ("cnn", (1, 16, 16), {}),
         ("linear", (2, 3, 4), {}),

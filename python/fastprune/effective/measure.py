@@ -81,7 +81,8 @@ def effective_sparsity(
     the network. Activations, normalization layers and dropout hand on what they get; a product of
     two activations what either gets; attention is all to all over tokens. Values play no part: a
     kept weight that happens to be 0 is a connection, and a unit fed by its bias alone carries no
-    input, so that what follows it alone is inactive.
+    input, so that what follows it alone is inactive. Around the cycle of an equilibrium layer
+    (:class:`fastprune.nn.DEQ`) paths may go any number of times.
 
     Args:
         model: any module that ``torch.export`` can trace; not changed. Weights without a mask are

@@ -92,7 +92,8 @@ def path_norms(model: nn.Module, masks: Mapping[str, Tensor], *, example_input: 
         ``2**exponent``. For which weights are on a path at all, :func:`effective_masks` is exact.
     Raises:
         UnknownOperationError: an operation that is not linear, elementwise, pooling, or a move.
-        ValueError, TypeError: as :func:`fastprune.effective_sparsity`.
+        ValueError, TypeError: as :func:`fastprune.effective_sparsity`; the model has an equilibrium
+            layer, around which paths have no end.
 
     Cost: a forward and a backward pass in float64. Attention adds up all tokens of a head; two
     activations are multiplied.
@@ -165,6 +166,11 @@ def _apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not values:
         return next((a for a in args if isinstance(a, Tensor)), None)  # of parameters: themselves
     x = values[0]
+    if short.startswith("feedback_"):
+        raise ValueError(
+            "model: it has an equilibrium layer, whose output is also its input: paths go round "
+            "without end, and their sum need not be finite, so no path norms"
+        )
     if short in ("linear", "masked_linear"):
         return _linear(args) if len(values) == 1 else _product(args[0], args[1], transposed=True)
     if short.startswith(("conv", "masked_conv2d")):

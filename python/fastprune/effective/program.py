@@ -119,6 +119,12 @@ class Program:
         self.instructions.append(Instruction(JOIN, numbers))
         return out
 
+    def feedback(self, state: Value, result: Value) -> None:
+        """What reaches ``result`` reaches ``state``, a value that was read before."""
+        self.cyclic = True
+        result = self.recut(result, self.sizes[state.number][0])
+        self.instructions.append(Instruction(JOIN, (state.number, result.number)))
+
     def convolve(
         self, value: Value, weight: Weight | None, geometry: Geometry, shape: Sequence[int],
         transposed: bool = False,

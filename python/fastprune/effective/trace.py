@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastprune.effective.program import Program, Value, Weight
+from fastprune.nn.feedback import marking_feedback
 from fastprune.pruners.state import evaluating
 
 Rule = Callable[..., Any]
@@ -120,7 +121,7 @@ def graph_of(model: nn.Module, arguments: tuple[Any, ...]) -> Graph:
     Raises:
         ValueError: ``torch.export`` cannot trace the model.
     """
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), marking_feedback(), torch.no_grad():
         try:
             exported = torch.export.export(model, one_example(arguments), strict=False)
         except Exception as error:

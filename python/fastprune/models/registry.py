@@ -12,6 +12,7 @@ from torch import nn
 
 from fastprune.models import external
 from fastprune.models._common import Shape
+from fastprune.models.deq import ResNetDEQ
 from fastprune.models.lenet import LeNet5, lenet_300_100
 from fastprune.models.resnet import resnet_thin, resnet_wide
 from fastprune.models.sap import CNN, linear, mlp
@@ -42,6 +43,7 @@ _TABLE: dict[str, _Entry] = {
     "resnet-32": _Entry(partial(resnet_thin, 32)),
     "resnet-50": _Entry(partial(resnet_wide, 50)),
     "resnet-56": _Entry(partial(resnet_thin, 56)),
+    "resnet-deq": _Entry(ResNetDEQ),
     "resnet18-imagenet": _Entry(partial(resnet_wide, 18, stem="imagenet"), _IMAGENET, 1000),
     "resnet50-imagenet": _Entry(partial(resnet_wide, 50, stem="imagenet"), _IMAGENET, 1000),
     "wide-resnet-28-2": _Entry(partial(WideResNet, 28, 2)),
@@ -96,7 +98,8 @@ def create(
     """Build a network by name, freshly initialized, on torch's default device and dtype.
 
     Weights are drawn from torch's global generator: Kaiming normal, fan in, biases 0, for
-    fastprune's own networks (``kaiming_normal_`` redraws with another fan).
+    fastprune's own networks (``kaiming_normal_`` redraws with another fan); N(0, 0.01^2) inside
+    the cell of resnet-deq.
 
     Args:
         name: one of ``names()``; case, '-' and '_' do not matter (``"resnet50"`` is
@@ -109,7 +112,8 @@ def create(
             Of a timm network only the channels are set; torchvision's take 3.
         kwargs: passed to the network: ``stable=True`` (all ResNets and WideResNets: Stable ResNet,
             paper 002, Appendix D), ``shortcut="projection"`` (ResNet-20, -32, -56),
-            ``batch_norm=True`` (LeNets, as in paper 003), or what torchvision and timm take.
+            ``batch_norm=True`` (LeNets, as in paper 003), arguments of :class:`fastprune.nn.DEQ`
+            (resnet-deq), or what torchvision and timm take.
     Returns:
         A module that maps float (N, channels, height, width) to (N, num_classes) logits, in
         training mode.

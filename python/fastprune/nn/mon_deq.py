@@ -9,33 +9,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastprune.nn.snapshot import Snapshot
-from fastprune.nn.solve_info import OnFailure, SolveInfo, report
-from fastprune.ops.mon_operator import LinearOperator, LinearStructure, Operator, Settings
-from fastprune.ops.mon_splitting import Equilibrium, check_settings, safe_alpha
+from fastprune.ops import mon_recorded  # noqa: F401  # registers the ops for graphs
+from fastprune.ops.mon_operator import (
+    LinearOperator,
+    LinearStructure,
+    Operator,
+    Settings,
+    full_precision,
+)
+from fastprune.ops.mon_splitting import Equilibrium, SolveNotes, check_settings, safe_alpha
 from fastprune.ops.mon_weights import LinearExtra, LinearWeights
 from fastprune.ops.pattern import apply_mask
+from fastprune.ops.snapshot import Snapshot
+from fastprune.ops.solve_info import OnFailure, SolveInfo
 
 Solver = Literal["pr", "fb"]
 Activation = Literal["relu", "tanh", "sigmoid", "softplus"]
-
-
-class _Notes:
-    """The solves of one forward pass and of what is differentiated of it."""
-
-    def __init__(self, tol: float, on_failure: OnFailure, what: str) -> None:
-        self.tol, self.on_failure, self.what = tol, on_failure, what
-        self.forward: SolveInfo | None = None
-        self.backward: SolveInfo | None = None
-
-    def add(self, iterations: Tensor, residual: Tensor) -> None:
-        info = SolveInfo(iterations, residual, self.tol)
-        if self.forward is None:
-            self.forward = info
-        else:
-            self.backward = info
-        what = "equilibrium" if info is self.forward else "adjoint equation"
-        report(info, self.on_failure, f"{self.what}: {what}")
 
 
 class MonDEQLayer(nn.Module):
@@ -75,7 +64,7 @@ class MonDEQLayer(nn.Module):
         self.m, self.activation, self.solver, self.alpha = float(m), activation, solver, alpha
         self.tol, self.max_iter, self.per_sample = tol, max_iter, per_sample
         self.on_failure = on_failure
-        self._notes = _Notes(tol, on_failure, type(self).__name__)
+        self._notes = SolveNotes(tol, on_failure, type(self).__name__)
         self._prepared: tuple[Snapshot, Any] | None = None
         self._masks_seen: tuple[Snapshot, Any] | None = None
 
@@ -129,7 +118,9 @@ class MonDEQLayer(nn.Module):
             )
         return mask.detach().to(matrix.device).clone()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         # A buffer that is None takes nothing from a state; one with a value demands its key.
         for name in ("A_mask", "B_mask"):
             key = prefix + name
@@ -144,6 +135,7 @@ class MonDEQLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_prepared"] = state["_masks_seen"] = None  # made anew by the copy
+        state["_notes"] = SolveNotes(self.tol, self.on_failure, type(self).__name__)
         return state
 
     def _masked(self, name: str) -> Tensor | None:
@@ -166,23 +158,46 @@ class MonDEQLayer(nn.Module):
         """The operator of the tensors ``read``, kept until one of them changes."""
         context = (self.m, like.dtype, like.device, like.shape[1:])
         if self._prepared is None or not self._prepared[0].matches(read, context):
-            with torch.no_grad():
+            with torch.no_grad(), full_precision(like.device):
                 self._prepared = Snapshot(read, context), prepare()
         return self._prepared[1]
+
+    def _recorded(self, bias: Tensor, ring: int, *weights: Tensor | None) -> Tensor:
+        """The solve as one op, for a graph under construction."""
+        z, _, iterations, residual = torch.ops.fastprune.mon_equilibrium(
+            bias,
+            *weights,
+            self.A_mask,
+            self.B_mask,
+            self.m,
+            ring,
+            self.activation,
+            self.solver,
+            self.alpha,
+            self.tol,
+            self.max_iter,
+            self.per_sample,
+            self.on_failure,
+        )
+        notes = SolveNotes(self.tol, "ignore", "")  # the op reports itself
+        notes.forward = SolveInfo(iterations, residual.detach(), self.tol)
+        self._notes = notes
+        return z  # type: ignore[no-any-return]
 
     def _solve(
         self, operator: Operator, bias: Tensor, weights: Any, extra: Any, *parameters: Tensor | None
     ) -> Tensor:
-        settings = self._settings(operator)
-        notes = _Notes(self.tol, self.on_failure, type(self).__name__)
+        settings = self._settings(operator, bias.device)
+        notes = SolveNotes(self.tol, self.on_failure, type(self).__name__)
         self._notes = notes
         z: Tensor = Equilibrium.apply(operator, settings, notes, bias, weights, extra, *parameters)
         return z
 
-    def _settings(self, operator: Operator) -> Settings:
+    def _settings(self, operator: Operator, device: torch.device) -> Settings:
         alpha = self.alpha
         if alpha is None:
-            alpha = safe_alpha(operator, self.solver, self.m)
+            with torch.no_grad(), full_precision(device):
+                alpha = safe_alpha(operator, self.solver, self.m)
         return Settings(
             self.activation, self.solver, alpha, self.tol, self.max_iter, self.per_sample
         )
@@ -313,20 +328,24 @@ class MonDEQLinear(MonDEQLayer):
         if self._masks_seen is None or not self._masks_seen[0].matches(masks, present):
             structure = LinearStructure(self.out_features, *present, *masks)
             self._masks_seen = Snapshot(masks, present), structure
-        return self._masks_seen[1]  # type: ignore[no-any-return]
+        return self._masks_seen[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         bias = self.U(x)
         A, B = self._masked("A"), self._masked("B")
         flat = self._widened(bias.reshape(-1, self.out_features), A, B)
+        if torch.compiler.is_compiling():
+            z = self._recorded(flat, 0, A, B, None, None)
+            return z.to(bias.dtype).reshape(bias.shape)
 
         def prepare() -> LinearOperator:
-            detached = [None if w is None else w.detach() for w in (A, B)]
             structure = self._structure(A, B)
-            return LinearOperator(*detached, self.m, self.out_features, flat, structure)
+            return LinearOperator(A, B, self.m, self.out_features, flat, structure)
 
-        operator = self._prepared_operator([self.A, self.B, self.A_mask, self.B_mask], flat, prepare)
+        operator = self._prepared_operator(
+            [self.A, self.B, self.A_mask, self.B_mask], flat, prepare
+        )
         extra = LinearExtra(self.m, operator.structure.a_pattern, operator.structure.b_pattern)
         z = self._solve(operator, flat, LinearWeights, extra, A, B)
         return z.to(bias.dtype).reshape(bias.shape)

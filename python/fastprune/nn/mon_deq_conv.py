@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.nn.mon_deq import Activation, MonDEQLayer, Solver
-from fastprune.nn.solve_info import OnFailure
 from fastprune.ops.mon_conv_operator import ConvOperator
 from fastprune.ops.mon_weights import ConvExtra, ConvWeights
+from fastprune.ops.solve_info import OnFailure
 
 
 class MonDEQConv2d(MonDEQLayer):
@@ -90,10 +90,13 @@ class MonDEQConv2d(MonDEQLayer):
         ring = self.kernel_size // 2
 
         unit_a, unit_b = _unit(A), _unit(B)
+        if torch.compiler.is_compiling():
+            z = self._recorded(wide, ring, unit_a, unit_b, g, h)
+            return z.to(bias.dtype).reshape(bias.shape)
 
         def prepare() -> ConvOperator:
-            detached = [None if t is None else t.detach() for t in (unit_a, unit_b, g, h)]
-            return ConvOperator(*detached, self.m, ring, wide, self.A_mask, self.B_mask)
+            masks = self.A_mask, self.B_mask
+            return ConvOperator(unit_a, unit_b, g, h, self.m, ring, wide, *masks)
 
         read = [self.A, self.B, self.A_mask, self.B_mask, self.g, self.h]
         operator = self._prepared_operator(read, wide, prepare)

@@ -12,8 +12,10 @@ from fastprune.ops.global_topk_mask import (  # noqa: E402
 )
 from fastprune.ops.masked_conv2d import masked_conv2d  # noqa: E402
 from fastprune.ops.masked_linear import masked_linear  # noqa: E402
+from fastprune.ops.mon_splitting import MonSolution, mon_splitting  # noqa: E402
 from fastprune.ops.pattern import Pattern, pack  # noqa: E402
 from fastprune.ops.pq_bound import pq_bound  # noqa: E402
+from fastprune.ops.solve_info import SolveInfo  # noqa: E402
 from fastprune.ops.sparsity_index import (  # noqa: E402
     SparsityIndex,
     gini_index,
@@ -24,7 +26,9 @@ from fastprune.ops.tensor_statistics import TensorStatistics, tensor_statistics 
 
 __all__ = [
     "KeptScores",
+    "MonSolution",
     "Pattern",
+    "SolveInfo",
     "SparsityIndex",
     "TensorStatistics",
     "gini_index",
@@ -33,6 +37,7 @@ __all__ = [
     "kept_scores",
     "masked_conv2d",
     "masked_linear",
+    "mon_splitting",
     "pack",
     "pq_bound",
     "pq_index",

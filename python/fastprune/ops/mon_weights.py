@@ -97,12 +97,14 @@ class ConvExtra(NamedTuple):
 
 
 class ConvWeights:
-    """W = (1 - m) I - g A^T A + h (B - B^T), circular; parameters (A, B, g, h), A and B of norm 1."""
+    """W = (1 - m) I - g A^T A + h (B - B^T), circular; parameters (A, B, g, h)."""
 
     @staticmethod
     def multiply(extra: ConvExtra, z: Tensor, parameters: Parameters, transposed: bool) -> Tensor:
         """W z for maps z, or W^T z."""
         A, B, g, h = parameters
+        assert g is not None
+        assert h is not None
         y = (1.0 - extra.m) * z
         if A is not None:
             y = y - g * circular_conv_transposed(circular_conv(z, A), A)
@@ -137,5 +139,6 @@ def _kernel_grad(z: Tensor, grad: Tensor, kernel: Tensor) -> Tensor:
     rows = torch.arange(-p, z.shape[2] + p, device=z.device) % z.shape[2]
     columns = torch.arange(-p, z.shape[3] + p, device=z.device) % z.shape[3]
     wrapped = z[:, :, rows][:, :, :, columns]
-    return torch.nn.grad.conv2d_weight(wrapped, list(kernel.shape), grad)
-
+    return torch.nn.grad.conv2d_weight(  # type: ignore[no-any-return]
+        wrapped, list(kernel.shape), grad
+    )

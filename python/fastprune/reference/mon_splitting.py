@@ -113,7 +113,9 @@ def conv_operator(
             def invert(z: Tensor) -> Tensor:
                 f = torch.fft.rfft2(z).flatten(2).permute(2, 1, 0)
                 y = (v @ f).permute(2, 1, 0)
-                return torch.fft.irfft2(y.reshape(*z.shape[:3], size[1] // 2 + 1), s=size)
+                half = y.reshape(*z.shape[:3], size[1] // 2 + 1)
+                back: Tensor = torch.fft.irfft2(half, s=size)
+                return back
 
             return invert
 
@@ -140,11 +142,16 @@ def conv_blocks(
     w = ((1.0 - m) * eye).to(present.dtype.to_complex())
     if unit_a is not None:
         a = _frequencies(unit_a, size)
-        w = w - g * (a.mH @ a)
+        w = w - g * (_adjoint(a) @ a)
     if unit_b is not None:
         b = _frequencies(unit_b, size)
-        w = w + h * (b - b.mH)
+        w = w + h * (b - _adjoint(b))
     return w
+
+
+def _adjoint(blocks: Tensor) -> Tensor:
+    """Conjugated in memory: a lazily conjugated view is misread inside of an op in a graph."""
+    return torch.conj_physical(blocks).transpose(-2, -1)
 
 
 def _frequencies(kernel: Tensor, size: tuple[int, int]) -> Tensor:
@@ -155,7 +162,8 @@ def _frequencies(kernel: Tensor, size: tuple[int, int]) -> Tensor:
     for y in range(k):
         for x in range(k):
             at[:, :, (p - y) % size[0], (p - x) % size[1]] += kernel[:, :, y, x]
-    return torch.fft.rfft2(at).flatten(2).permute(2, 0, 1)
+    transfer: Tensor = torch.fft.rfft2(at)
+    return transfer.flatten(2).permute(2, 0, 1)
 
 
 def prox(x: Tensor, activation: str, alpha: float) -> Tensor:
@@ -165,7 +173,7 @@ def prox(x: Tensor, activation: str, alpha: float) -> Tensor:
     """
     sigma = ACTIVATIONS[activation]
     if alpha == 1.0 or activation in ("relu", "identity"):
-        return sigma(x) if activation != "identity" else x
+        return sigma(x)
     # alpha y + (1 - alpha) sigma(y) increases by at least min(alpha, 1) per unit of y.
     span = (x.abs() + 2.0) / min(alpha, 1.0) + 2.0
     low, high = -span, span.clone()
@@ -306,4 +314,5 @@ def _iterate(
 
 def _norms(x: Tensor, per_sample: bool) -> Tensor:
     flat = x.reshape(len(x), -1) if per_sample else x.reshape(1, -1)
-    return flat.double().norm(dim=1).cpu()
+    norms: Tensor = flat.double().norm(dim=1)
+    return norms.cpu()

@@ -29,12 +29,14 @@ class SolveInfo:
     @property
     def iterations(self) -> int | Tensor:
         """Steps taken; a tensor of one per sample where samples stop on their own."""
-        return int(_value(self._iterations)) if _single(self._iterations) else self._iterations  # type: ignore[return-value]
+        value = self._iterations
+        return value if isinstance(value, Tensor) and value.dim() else int(value)
 
     @property
     def residual(self) -> float | Tensor:
         """The relative residual after the last step; a tensor where samples stop on their own."""
-        return float(_value(self._residual)) if _single(self._residual) else self._residual
+        value = self._residual
+        return value if isinstance(value, Tensor) and value.dim() else float(value)
 
     @property
     def converged(self) -> bool | Tensor:
@@ -49,14 +51,6 @@ class SolveInfo:
         )
 
 
-def _single(value: Tensor | float) -> bool:
-    return not isinstance(value, Tensor) or value.dim() == 0
-
-
-def _value(value: Tensor | float) -> float:
-    return value.item() if isinstance(value, Tensor) else value
-
-
 def report(info: SolveInfo, on_failure: OnFailure, what: str) -> None:
     """Warn of a solve that stopped above its tolerance, or raise; as ``on_failure`` says.
 
@@ -68,19 +62,18 @@ def report(info: SolveInfo, on_failure: OnFailure, what: str) -> None:
     """
     if on_failure == "ignore":
         return
-    converged = info.converged
-    if isinstance(converged, Tensor):
-        if bool(converged.all()):
+    iterations, residual = info.iterations, info.residual
+    whose = ""
+    if isinstance(residual, Tensor):
+        failed = int((~(residual <= info.tol)).sum())
+        if not failed:
             return
-        assert isinstance(info.residual, Tensor) and isinstance(info.iterations, Tensor)
-        failed = int((~converged).sum())
-        whose = f"{failed} of {len(converged)} samples "
-        worst, steps = float(torch.max(info.residual)), int(info.iterations.max())
-    elif converged:
-        return
+        whose = f"{failed} of {len(residual)} samples "
+        worst, steps = float(torch.max(residual)), int(torch.as_tensor(iterations).max())
     else:
-        assert not isinstance(info.residual, Tensor) and not isinstance(info.iterations, Tensor)
-        whose, worst, steps = "", info.residual, info.iterations
+        if residual <= info.tol:
+            return
+        worst, steps = residual, int(iterations)
     if not math.isfinite(worst):
         raise FloatingPointError(f"{what}: {whose}diverged: not finite after {steps} iterations")
     message = (
