@@ -256,7 +256,7 @@ def test_pruning_to_an_effective_sparsity():
 
 def test_path_norms_go_round_without_end():
     model, x = model_of("linear", 3, 4)
-    with pytest.raises(fp.effective.UnknownOperationError, match="equilibrium layer has no path"):
+    with pytest.raises(ValueError, match="equilibrium layer, whose output is also its input"):
         fp.effective.path_norms(model, masks_of(model, 0.5, 0), example_input=x)
 
 

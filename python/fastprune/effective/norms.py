@@ -166,7 +166,7 @@ def _apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not values:
         return next((a for a in args if isinstance(a, Tensor)), None)  # of parameters: themselves
     x = values[0]
-    if short.startswith("feedback_"):
+    if short.startswith("feedback_") or short == "traced_equilibrium":
         raise ValueError(
             "model: it has an equilibrium layer, whose output is also its input: paths go round "
             "without end, and their sum need not be finite, so no path norms"
@@ -202,11 +202,6 @@ def _apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _Scaled(moved, x.exponent)
     if short in ELEMENTWISE:
         return (x, None, None) if isinstance(node.meta["val"], (tuple, list)) else x
-    if name == "fastprune::traced_equilibrium":
-        raise UnknownOperationError(
-            "model: an equilibrium layer has no path norms: its paths go round without end, and "
-            "their sum need not exist; effective_masks says which weights are on one"
-        )
     raise UnknownOperationError(f"model: {name} has no linearized form, so no path norms")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastprune.effective.program import JOIN, Geometry, Instruction, Program, Value, Weight
+from fastprune.effective.program import Geometry, Value, Weight
 from fastprune.effective.rules.windows import one_example
 from fastprune.effective.trace import Trace, register_rule, register_stand_in, shape_of
 from fastprune.nn import MonDEQConv2d, MonDEQLayer
@@ -83,24 +83,26 @@ class _Maps:
         """The equilibrium's map; nothing reaches its ring."""
         program, channels = self._program, self.channels
         shape = bias.shape
-        z = program.value(shape, channels)
+        z = program.value(shape, channels)  # read before it is written
         parts = [program.recut(bias, channels)]
         if A is not None:
             parts.append(self._back(self._forth(z, A), A))
         if B is not None:
             parts += [self._forth(z, B), self._back(z, B)]
-        # z is read above and written here.
-        program.cyclic = program.cyclic or len(parts) > 1
-        if ring == 0:
-            _write(program, z, parts)
-            return z
-        total = program.join(shape, parts)
-        inside = torch.full(shape, -1)
-        index = torch.arange(z.numel).view(shape)
-        rows, columns = (slice(ring, n - ring) for n in self.size)
-        inside[:, rows, columns] = index[:, rows, columns]
-        program.group(total, z, inside, inside, z.numel)
+        program.feedback(z, self._without_ring(program.join(shape, parts), ring))
         return z
+
+    def _without_ring(self, value: Value, ring: int) -> Value:
+        if ring == 0:
+            return value
+        rows, columns = (slice(ring, n - ring) for n in self.size)
+
+        def cut(index: Tensor) -> Tensor:
+            kept = torch.full_like(index, -1)
+            kept[..., rows, columns] = index[..., rows, columns]
+            return kept
+
+        return self._trace.moved(value, cut)
 
     def _forth(self, z: Value, kernel: Weight) -> Value:
         wrapped = z
@@ -127,8 +129,3 @@ class _Maps:
         """Circular padding of any width."""
         rows, columns = (torch.arange(-self._pad, n + self._pad) % n for n in self.size)
         return index[:, rows][:, :, columns]
-
-
-def _write(program: Program, z: Value, parts: list[Value]) -> None:
-    numbers = (z.number, *(program.recut(p, program.sizes[z.number][0]).number for p in parts))
-    program.instructions.append(Instruction(JOIN, numbers))
