@@ -186,6 +186,13 @@ GPU_LARGE_SELECTION = 1_000_000_000
 # Over the time of two reads of the factors and one write of the mask.
 GPU_SELECTION_OVER_FLOOR = 1.5
 
+# Equilibria: (n, batch, sparsity), and how much faster than the loop of torch's ops at a size;
+# channels, padded size and batch of the convolution.
+GPU_EQUILIBRIA = ((87, 128, 0.0), (1024, 128, 0.0), (1024, 128, 0.95))
+GPU_EQUILIBRIUM_OVER_LOOP = {(87, 128): 50.0}
+GPU_EQUILIBRIUM_CONV = (81, 34, 16)
+GPU_EQUILIBRIUM_TOL = 1e-2
+
 # The notebook size of Winston and Kolter's programs, and a large layer; the paper's networks.
 MON_LINEAR = (
     MonLinear(87, 128, 0.0),

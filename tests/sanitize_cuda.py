@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastprune as fp
+from fastprune.ops.mon_fourier import pack_blocks, solve_maps
+from fastprune.ops.mon_operator import LinearOperator, LinearStructure, Settings
 
 DEVICE = torch.device(os.environ.get("FASTPRUNE_TEST_DEVICE") or "cuda")
 ON_CUDA = DEVICE.type == "cuda"
@@ -118,6 +120,32 @@ def selection() -> None:
         fp.global_topk_sweep([random], (0.5, 0.1, 0.9), score="magnitude")
 
 
+def equilibria() -> None:
+    """Both forms of the fully connected solve, sparse products, and maps."""
+    sizes = ((33, 3, 1.0), (131, 5, 1.0), (131, 5, 0.03))
+    for (n, batch, density), solver in itertools.product(sizes, ("fb", "pr")):
+        masks = [torch.rand(n, n, device=DEVICE) < density for _ in range(2)]
+        scale = 0.3 / (n * density) ** 0.5
+        a, b = (torch.randn(n, n, device=DEVICE) * scale * m for m in masks)
+        bias = torch.randn(batch, n, device=DEVICE)
+        kept = (None, None) if density == 1.0 else (masks[0], masks[1])
+        operator = LinearOperator(a, b, 1.0, n, bias, LinearStructure(n, True, True, *kept))
+        for per_sample in (False, True):
+            s = Settings("relu", solver, 1.0 if solver == "pr" else 0.5, 1e-4, 60, per_sample)
+            z = operator.solve(bias, s).out
+            close(z, torch.relu(z @ operator.w.t() + bias), f"equilibrium {n} {density} {solver}")
+            u = operator.adjoint(bias, (z > 0).float(), s, True).out
+            close(u, (z > 0) * (u @ operator.w + bias), f"adjoint {n} {density} {solver}")
+    blocks = torch.eye(5, device=DEVICE).to(torch.complex64).expand(6 * 5, 5, 5) * 0.5
+    bias = torch.randn(6, 5, 6, 9, device=DEVICE)
+    packed = pack_blocks(blocks.contiguous(), (6, 9))
+    inverse = pack_blocks(blocks / 0.75, (6, 9))  # 1 / (2 - 0.5)
+    for resolvent, per_sample in itertools.product((None, inverse), (False, True)):
+        options = {"resolvent": resolvent, "ring": 1, "tol": 1e-5, "per_sample": per_sample}
+        z = solve_maps(bias, packed, **options).out  # type: ignore[arg-type]
+        close(z[:, :, 1:-1, 1:-1], 2 * bias[:, :, 1:-1, 1:-1].relu(), "equilibrium of maps")
+
+
 def graphs() -> None:
     """Needs torch's caching allocator: cudaMalloc cannot be captured."""
     if not ON_CUDA or os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
@@ -158,7 +186,7 @@ def streams() -> None:
         close(y, expected, "side stream")
 
 
-PARTS = (linear, every_form, convolution, selection, streams, graphs)
+PARTS = (linear, every_form, convolution, selection, equilibria, streams, graphs)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ from fastprune.reference import mon_splitting as plain
 from fastprune.reference.mon_splitting import Operator, Solution
 
 ACTIVATIONS = ["relu", "tanh", "sigmoid", "softplus", "identity"]
-SIZES = [(5, 7), (4, 9), (6, 1), (1, 8), (17, 31), (2, 2), (16, 12), (34, 34), (25, 27)]
+SIZES = [(5, 7), (4, 9), (6, 1), (1, 8), (17, 31), (2, 2), (16, 12), (34, 26), (25, 27), (30, 29)]
 
 
 @dataclass
@@ -274,6 +274,8 @@ def test_errors_name_the_argument() -> None:
     refuses("bias: expected float32 or float64, got dtype Half", x=bias.half())
     refuses("bias: expected 4 dimensions, got 3", x=bias[0])
     refuses("bias: expected a size above 0 in dimension 2", x=bias[:, :, :0])
+    long = torch.zeros(1, 3, 1, 4099, dtype=torch.float64)
+    refuses("bias: expected a height and width without powers of odd primes above 4095", x=long)
     refuses("matrix: expected dtype Float, got Double", x=bias.float())
     refuses("matrix: expected size 8 in dimension 0, got 16", x=bias[:, :, :3])
     refuses("matrix: expected size 8 in dimension 1, got 18", x=bias[:, :2])

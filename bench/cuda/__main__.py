@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.cuda import convolutions, forms, products, selection, weight_gradients
+from bench.cuda import convolutions, equilibria, forms, products, selection, weight_gradients
 from bench.cuda.clock import Clock, CudaClock, LostDeviceError, reason
 from bench.cuda.session import Session
 
@@ -31,6 +31,7 @@ SECTIONS = {
     "convolutions": (convolutions.convolutions, 3.0, 0.03),
     "gradients": (convolutions.gradients, 2.0, 0.03),
     "weight_gradients": (weight_gradients.weight_gradients, 1.0, 0.03),
+    "equilibria": (equilibria.equilibria, 1.0, 0.05),
     "packing": (forms.packing, 1.0, 0.3),
     "forms": (forms.forms, 4.0, 0.01),
 }

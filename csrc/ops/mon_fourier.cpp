@@ -263,6 +263,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mon_splitting_fourier_cpu(
   const int64_t places = checked_product(checked_product(height, width + 1, kOp), 2, kOp);
   STD_TORCH_CHECK(places <= std::numeric_limits<int32_t>::max(), kOp,
                   ": bias: expected maps of fewer than 2^30 points, got ", height, " x ", width);
+  for (int64_t length : {height, width}) {
+    STD_TORCH_CHECK(FourierTables::largest_odd(length) <= FourierTables::kLargestOdd, kOp,
+                    ": bias: expected a height and width without powers of odd primes above ",
+                    FourierTables::kLargestOdd, ", got ", length);
+  }
   if (slope_in.has_value()) check_like(*slope_in, bias_in, "slope");
   check_packed(matrix_in, bias_in, "matrix");
   if (resolvent_in.has_value()) check_packed(*resolvent_in, bias_in, "resolvent");

@@ -11,18 +11,22 @@
 
 namespace fastprune {
 
-// One factor of a line's length: a power of 2, or an odd prime power. Factors are coprime, so that
-// nothing has to be multiplied between them.
+// One factor of a line's length: a power of 2, an odd prime power, or twice that. Factors are
+// coprime, so that nothing has to be multiplied between them.
 struct FourierFactor {
-  int64_t length;
-  // length / factor runs of `factor` places, in vectors: what is transformed together.
+  int64_t length, odd;  // odd: of length, its odd part; 1 for a power of 2
+  // Of primes 4 i + 1: place t + 1, t < odd / 2, is of g^t, with a g whose powers are all of
+  // 1 ... odd - 1, and place odd - t - 1 of -g^t.
+  bool split;
+  // length / factor runs of `factor` places, in vectors: what is transformed together. Twice an odd
+  // number: the first of the two all along, then the second.
   const int32_t* places;
-  // Odd: cosines and sines of 2 pi k t / length for k, t <= length / 2: in blocks of at most
-  // kFourierBlock k, for each t the cosines of the block, then the sines. Even: e^(-2 pi i t /
-  // length), complex, t < length.
+  // Odd parts: cosines and sines of 2 pi k t / odd for k, t <= odd / 2: in blocks of at most
+  // kFourierBlock k, for each t the cosines of the block, then the sines. Powers of 2:
+  // e^(-2 pi i t / length), complex, t < length. Split: see split_outputs.
   const void* table;
 };
-constexpr int64_t kFourierBlock = 4;
+constexpr int64_t kFourierBlock = 4, kFourierSplitBlock = 2;
 
 // The transform of a line of complex vectors, in place. Its input n is expected at places[n], its
 // output is in order; and the other way round.

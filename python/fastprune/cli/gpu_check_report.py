@@ -21,6 +21,7 @@ TITLES = {
     "convolutions": "3 x 3 convolutions",
     "gradients": "Gradients, through autograd",
     "weight_gradients": "Weight gradients at the mask, strict float32, by form",
+    "equilibria": "Equilibria of monotone operator networks, Peaceman-Rachford",
     "packing": "Packing, once per mask (wall clock)",
 }
 

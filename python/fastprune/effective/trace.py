@@ -164,7 +164,7 @@ def graph_of(model: nn.Module, arguments: tuple[Any, ...]) -> Graph:
     Raises:
         ValueError: ``torch.export`` cannot trace the model.
     """
-    with evaluating(model), _standing_in(model), marking_feedback(), torch.no_grad():
+    with evaluating(model), marking_feedback(), _standing_in(model), torch.no_grad():
         try:
             exported = torch.export.export(model, one_example(arguments), strict=False)
         except Exception as error:

@@ -102,7 +102,7 @@ def create(
 
     Weights are drawn from torch's global generator: Kaiming normal, fan in, biases 0, for
     fastprune's own networks (``kaiming_normal_`` redraws with another fan); N(0, 0.01^2) inside
-    the cell of resnet-deq, torch's own uniform law for the monDEQs.
+    the cell of resnet-deq; torch's own uniform law for the monDEQs.
 
     Args:
         name: one of ``names()``; case, '-' and '_' do not matter (``"resnet50"`` is

@@ -208,14 +208,21 @@ class MonDEQLayer(nn.Module):
         settings = self._settings(operator, bias.device)
         notes = SolveNotes(self.tol, self.on_failure, type(self).__name__)
         self._notes = notes
+        if not torch.is_grad_enabled():
+            with full_precision(bias.device):
+                solution = operator.solve(bias, settings)
+            notes.add(solution.iterations, solution.residual)
+            return solution.out
         z: Tensor = Equilibrium.apply(operator, settings, notes, bias, weights, extra, *parameters)
         return z
 
     def _settings(self, operator: Operator, device: torch.device) -> Settings:
         alpha = self.alpha
         if alpha is None:
-            with torch.no_grad(), full_precision(device):
-                alpha = safe_alpha(operator, self.solver, self.m)
+            alpha = 1.0
+            if self.solver != "pr":
+                with torch.no_grad(), full_precision(device):
+                    alpha = safe_alpha(operator, self.solver, self.m)
         return Settings(
             self.activation, self.solver, alpha, self.tol, self.max_iter, self.per_sample
         )

@@ -92,9 +92,7 @@ class ConvOperator(Operator):
         """Blocks as the op reads them; W^T has the conjugate transposes."""
         if transposed:
             blocks = torch.conj_physical(blocks).transpose(-2, -1)
-        if blocks.device.type == "cpu":
-            return pack_blocks(blocks.contiguous(), self.size)
-        return torch.view_as_real(blocks.contiguous())
+        return pack_blocks(blocks.contiguous(), self.size)
 
     def _matrix(self, transposed: bool) -> Tensor:
         if transposed not in self._packed:

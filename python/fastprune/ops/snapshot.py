@@ -20,20 +20,19 @@ class _Seen:
     def __init__(self, t: Tensor) -> None:
         self.ref = weakref.ref(t)
         self.version = -1 if t.is_inference() else t._version
-        flat = t.detach().reshape(-1)
         self.whole = t.numel() <= _COPIED
-        self.copy = flat.clone() if self.whole else self._probes(flat)
+        self.copy = t.detach().clone() if self.whole else self._probes(t)
 
     @staticmethod
-    def _probes(flat: Tensor) -> Tensor:
+    def _probes(t: Tensor) -> Tensor:
+        flat = t.detach().reshape(-1)
         return flat[:: max(flat.numel() // _PROBES, 1)].clone()
 
     def is_same(self, t: Tensor) -> bool:
-        flat = t.detach().reshape(-1)
         if self.copy.dtype != t.dtype or self.copy.device != t.device:
             return False
         if self.whole:
-            return flat.numel() == self.copy.numel() and torch.equal(flat, self.copy)
+            return torch.equal(t, self.copy)
         version = -1 if t.is_inference() else t._version
         # Fused optimizers write without counting: probes see them, and while gradients are
         # recorded, which is when optimizers run, a large tensor is never taken for unchanged.
@@ -41,7 +40,7 @@ class _Seen:
             self.ref() is t
             and version == self.version
             and not (torch.is_grad_enabled() and t.requires_grad)
-            and torch.equal(self._probes(flat), self.copy)
+            and torch.equal(self._probes(t), self.copy)
         )
 
 
