@@ -39,8 +39,8 @@ def solve_maps(
     """z = activation(W z + bias) or, with ``slope``, u = slope * (bias + W u).
 
     Args:
-        bias: (N, n, height, width), float32 or float64. Any height and width will do; on the CPU the
-            transforms are fast where they are products of small primes.
+        bias: (N, n, height, width), float32 or float64. Any height and width will do; on the CPU
+            the transforms are fast where they are products of small primes.
         matrix: W, from :func:`pack_blocks`; for the adjoint equation W^T.
         resolvent: ((1 + alpha) I - alpha W)^-1, packed likewise: Peaceman-Rachford. None:
             forward-backward.
