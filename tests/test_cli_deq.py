@@ -56,6 +56,19 @@ def test_a_run_from_end_to_end(arch, tmp_path, capsys):
     assert document["findings"] == json.loads(json.dumps(findings(document)))
 
 
+def test_the_residual_network(tmp_path, capsys):
+    """Its matrices have no names of their own, and its size is a multiple of 8."""
+    more = ("--arch", "resnet", "--methods", "snip", "--sparsities", "50", "--features", "16")
+    assert main(tiny(tmp_path, *more)) == 0
+    assert "Table 2" not in capsys.readouterr().out
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["settings"]["max_iter"] == 25
+    kinds = [r["kind"] for r in document["results"]]
+    assert kinds == ["parametrization", "pruned", "equal size"]
+    assert document["results"][1]["matrices"] == {}
+    assert document["results"][2]["features"] % 8 == 0
+
+
 def test_the_same_seed_gives_the_same_results(tmp_path):
     for name in ("a", "b"):
         assert main(tiny(tmp_path / name, "--methods", "snip", "--sparsities", "90")) == 0

@@ -52,11 +52,12 @@ from fastprune.training.data import Split, find_dataset, load_split
 
 SUMMARY = "Equilibrium networks (monDEQ), pruned and trained: paper 000's tables and figures."
 
-# Network, implicit layer, what of it is pruned, and the argument for its size.
+# Network, implicit layer, what of it is pruned, the argument for its size, and what that has to be
+# a multiple of (GroupNorm's groups).
 _ARCHITECTURES = {
-    "fc": ("mondeq-fc", "mon", "mon", "features"),
-    "conv": ("mondeq-conv", "mon", "mon", "features"),
-    "resnet": ("resnet-deq", "deq", "deq.cell", "channels"),
+    "fc": ("mondeq-fc", "mon", "mon", "features", 1),
+    "conv": ("mondeq-conv", "mon", "mon", "features", 1),
+    "resnet": ("resnet-deq", "deq", "deq.cell", "channels", 8),
 }
 _METHODS = ["random", "magnitude", "snip", "grasp", "synflow"]
 _SPARSITIES = [0.1, 0.5, 0.7, 0.9, 0.95, 0.97, 0.99, 0.999]
@@ -99,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decay-epochs", type=common.positive_int, help="epochs until lr is cut to a tenth [10; "
         "CIFAR: 25; digits: half of all]")  # fmt: skip
     add("--tol", type=common.positive_float, default=1e-2, help="of the solves [0.01]")
-    add("--max-iter", type=common.positive_int, default=300, help="of the solves [300]")
+    add("--max-iter", type=common.positive_int, help="of the solves [300; resnet: 25]")
     add("--score-tol", type=common.positive_float, default=1e-6, help="when scoring [1e-6]")
     add("--score-relu", action="store_true", help="GraSP and SynFlow score with ReLU, not sigmoid")
     add("--min-time", type=common.positive_float, default=0.05, help="seconds per timing [0.05]")
@@ -168,8 +169,9 @@ class _Experiment:
     """The cases of a run, and what they share."""
 
     def __init__(self, args: argparse.Namespace, methods: list[str]) -> None:
-        self.model_name, self.layer, self.include, self.size = _ARCHITECTURES[args.arch]
+        self.model_name, self.layer, self.include, self.size, self.unit = _ARCHITECTURES[args.arch]
         self.args = args
+        self.max_iter = args.max_iter or (25 if args.arch == "resnet" else 300)
         self.shown: dict[str, Tensor] = {}  # masks for the heat maps
         with common.usage_errors():
             self._load(args)
@@ -209,7 +211,7 @@ class _Experiment:
                 "lr": self.recipe.lr,
                 "decay_epochs": self.recipe.decay_epochs,
                 "tol": args.tol,
-                "max_iter": args.max_iter,
+                "max_iter": self.max_iter,
                 "score_tol": args.score_tol,
                 "score_activation": "relu" if args.score_relu else "sigmoid",
             },
@@ -232,7 +234,7 @@ class _Experiment:
         self.train, self.test = splits
 
     def _network(self, seed: int, options: Mapping[str, Any]) -> nn.Module:
-        settings: dict[str, Any] = {"tol": self.args.tol, "max_iter": self.args.max_iter}
+        settings: dict[str, Any] = {"tol": self.args.tol, "max_iter": self.max_iter}
         if self.features is not None:
             settings[self.size] = self.features
         settings["on_failure"] = "ignore"  # counted instead
@@ -324,7 +326,7 @@ class _Experiment:
             model,
             activation="sigmoid" if smooth else None,
             tol=self.args.score_tol,
-            max_iter=10 * self.args.max_iter,
+            max_iter=10 * self.max_iter,
         ):
             return prune()
 
@@ -341,7 +343,10 @@ class _Experiment:
         if not done:
             raise ValueError("the pruned network of this case failed")
         target = max(1, done[0]["effective_parameters"])
-        features = equal_size_channels(lambda n: self._network(seed, {self.size: n}), target)
+        units = equal_size_channels(
+            lambda n: self._network(seed, {self.size: n * self.unit}), target
+        )
+        features = units * self.unit
         model = self._network(seed, {self.size: features})
         parameters = sum(p.numel() for p in model.parameters())
         return {"features": features, "parameters": parameters, **self._trained(model, seed)}
