@@ -194,3 +194,18 @@ def test_bad_arguments_are_refused() -> None:
             emulated.ops.mon_splitting_fourier(*good[:at], value, *good[at + 1 :])
     with pytest.raises(RuntimeError, match="mon_fourier_pack: matrix: expected size 12"):
         emulated.ops.mon_fourier_pack(torch.zeros(11, 3, 3, 2), 4, 5)
+
+
+def test_adjoint_blocks_are_packed_as_on_the_cpu() -> None:
+    g = torch.Generator().manual_seed(3)
+    for height, width in ((4, 5), (6, 6), (3, 1)):
+        frequencies = height * (width // 2 + 1)
+        real = torch.randn(frequencies, 3, 3, 2, generator=g)
+        for adjoint in (False, True):
+            got = emulated.ops.mon_fourier_pack(real, height, width, adjoint)
+            blocks = torch.view_as_complex(real)
+            blocks = blocks.mH.resolve_conj() if adjoint else blocks
+            wanted = emulated.ops.mon_fourier_pack(
+                torch.view_as_real(blocks.contiguous()), height, width
+            )
+            assert torch.equal(got, wanted)

@@ -16,13 +16,6 @@ namespace {
 
 constexpr const char* kOp = "mon_splitting_fourier";
 
-void check_real(const Tensor& t, const char* op, const char* name) {
-  check_cpu(t, op, name);
-  const bool known = t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(known, op, ": ", name, ": expected float32 or float64, got dtype ",
-                  torch::headeronly::toString(t.scalar_type()));
-}
-
 struct Options {
   MonActivation activation;
   int64_t ring;
@@ -297,8 +290,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mon_splitting_fourier_cpu(
   return {out, z, iterations, residual};
 }
 
-// (height * (width / 2 + 1), C, C, 2) to (frequencies, 2 C C).
-Tensor mon_fourier_pack_cpu(const Tensor& matrix_in, int64_t height, int64_t width) {
+// (height * (width / 2 + 1), C, C, 2) to (frequencies, 2 C C). adjoint: conjugate transposes.
+Tensor mon_fourier_pack_cpu(const Tensor& matrix_in, int64_t height, int64_t width, bool adjoint) {
   const char* op = "mon_fourier_pack";
   check_real(matrix_in, op, "matrix");
   check_dim(matrix_in, 4, op, "matrix");
@@ -325,8 +318,9 @@ Tensor mon_fourier_pack_cpu(const Tensor& matrix_in, int64_t height, int64_t wid
       const int64_t last = matrix_block_begin(channels, b + 1);
       for (int64_t j = 0; j < channels; ++j) {
         for (int64_t r = first; r < last; ++r) {
-          *to++ = from[2 * (r * channels + j)];
-          *to++ = from[2 * (r * channels + j) + 1];
+          const auto* at = from + 2 * (adjoint ? j * channels + r : r * channels + j);
+          *to++ = at[0];
+          *to++ = adjoint ? -at[1] : at[1];
         }
       }
     }
@@ -350,7 +344,7 @@ Tensor mon_fourier_pack_cpu(const Tensor& matrix_in, int64_t height, int64_t wid
 }  // namespace fastprune
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastprune, m) {
-  m.def("mon_fourier_pack(Tensor matrix, int height, int width) -> Tensor");
+  m.def("mon_fourier_pack(Tensor matrix, int height, int width, bool adjoint=False) -> Tensor");
   m.def(
       "mon_splitting_fourier(Tensor bias, Tensor? slope, Tensor matrix, Tensor? resolvent, int "
       "ring, str activation, float alpha, float tol, int max_iter, bool per_sample) -> (Tensor, "

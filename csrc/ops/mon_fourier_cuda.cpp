@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mon_splitting_fourier_cuda(
   return {out, z, iterations, residual};
 }
 
-Tensor mon_fourier_pack_cuda(const Tensor& matrix_in, int64_t height, int64_t width) {
+Tensor mon_fourier_pack_cuda(const Tensor& matrix_in, int64_t height, int64_t width, bool adjoint) {
   const char* op = "mon_fourier_pack";
   const DType dtype = checked_dtype(matrix_in, op, "matrix");
   check_dim(matrix_in, 4, op, "matrix");
@@ -106,7 +106,7 @@ Tensor mon_fourier_pack_cuda(const Tensor& matrix_in, int64_t height, int64_t wi
   const Tensor matrix = dense(matrix_in);
   Tensor packed = torch::stable::new_empty(
       matrix, {fourier_frequencies(height, width), checked_product(2 * channels, channels, op)});
-  check_launch(mon_fourier_pack(dtype, channels, height, width, matrix.const_data_ptr(),
+  check_launch(mon_fourier_pack(dtype, channels, height, width, adjoint, matrix.const_data_ptr(),
                                 packed.mutable_data_ptr(), call.stream()),
                op);
   return packed;

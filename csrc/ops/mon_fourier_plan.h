@@ -7,8 +7,16 @@
 #include <vector>
 
 #include "kernels/cpu/mon_fourier.h"
+#include "ops/common.h"
 
 namespace fastprune {
+
+inline void check_real(const Tensor& t, const char* op, const char* name) {
+  check_cpu(t, op, name);
+  const bool known = t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(known, op, ": ", name, ": expected float32 or float64, got dtype ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
 
 class FourierTables {
  public:

@@ -307,7 +307,8 @@ __global__ void __launch_bounds__(kProductThreads)
 
 template <typename T>
 __global__ void __launch_bounds__(kMapThreads)
-    pack_kernel(const Root<T>* matrix, Spectrum s, int64_t channels, Root<T>* packed) {
+    pack_kernel(const Root<T>* matrix, Spectrum s, int64_t channels, bool adjoint,
+                Root<T>* packed) {
   const int64_t square = channels * channels, all = s.frequencies() * square;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kMapThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kMapThreads + threadIdx.x; i < all;
@@ -317,7 +318,10 @@ __global__ void __launch_bounds__(kMapThreads)
     const int64_t top = s.height / 2 + 1;
     const int64_t kx = frequency < top ? 0 : (frequency - top) / s.height + 1;
     const int64_t ky = frequency - s.column_begin(static_cast<int>(kx));
-    packed[i] = matrix[((ky * s.columns() + kx) * channels + row) * channels + column];
+    const int64_t from = adjoint ? column : row, to = adjoint ? row : column;
+    Root<T> value = matrix[((ky * s.columns() + kx) * channels + from) * channels + to];
+    if (adjoint) value.sine = -value.sine;
+    packed[i] = value;
   }
 }
 
@@ -422,13 +426,13 @@ cudaError_t solve(const MonFourierArgs& a, char* scratch, const DeviceLimits& li
 }
 
 template <typename T>
-cudaError_t pack(const Spectrum& s, int64_t channels, const void* matrix, void* packed,
-                 cudaStream_t stream) {
+cudaError_t pack(const Spectrum& s, int64_t channels, bool adjoint, const void* matrix,
+                 void* packed, cudaStream_t stream) {
   const int64_t elements = s.frequencies() * channels * channels;
   const int64_t wanted = (elements + kMapThreads - 1) / kMapThreads;
   return launch(pack_kernel<T>, dim3(static_cast<unsigned>(wanted < 65536 ? wanted : 65536)),
                 dim3(kMapThreads), 0, stream, static_cast<const Root<T>*>(matrix), s, channels,
-                static_cast<Root<T>*>(packed));
+                adjoint, static_cast<Root<T>*>(packed));
 }
 
 }  // namespace
@@ -448,11 +452,11 @@ cudaError_t mon_fourier(const MonFourierArgs& a, void* scratch, const DeviceLimi
 }
 
 cudaError_t mon_fourier_pack(DType dtype, int64_t channels, int64_t height, int64_t width,
-                             const void* matrix, void* packed, cudaStream_t stream) {
+                             bool adjoint, const void* matrix, void* packed, cudaStream_t stream) {
   if (channels == 0) return cudaSuccess;
   const Spectrum s{static_cast<int>(height), static_cast<int>(width)};
-  return dtype == DType::f64 ? pack<double>(s, channels, matrix, packed, stream)
-                             : pack<float>(s, channels, matrix, packed, stream);
+  return dtype == DType::f64 ? pack<double>(s, channels, adjoint, matrix, packed, stream)
+                             : pack<float>(s, channels, adjoint, matrix, packed, stream);
 }
 
 }  // namespace fastprune::FASTPRUNE_CUDA_NAMESPACE

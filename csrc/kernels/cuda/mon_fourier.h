@@ -30,6 +30,6 @@ cudaError_t mon_fourier(const MonFourierArgs& args, void* scratch, const DeviceL
 // Complex blocks of all frequencies of rfft2 to those of the frequencies that are not another's
 // conjugate, kx by kx; each column by column.
 cudaError_t mon_fourier_pack(DType dtype, int64_t channels, int64_t height, int64_t width,
-                             const void* matrix, void* packed, cudaStream_t stream);
+                             bool adjoint, const void* matrix, void* packed, cudaStream_t stream);
 
 }  // namespace fastprune::FASTPRUNE_CUDA_NAMESPACE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastprune.ops.backend import has_kernel
-from fastprune.ops.mon_fourier import pack_blocks
+from fastprune.ops.mon_fourier import invert_blocks, pack_blocks
 from fastprune.ops.mon_operator import (
     Operator,
     Settings,
@@ -83,16 +83,18 @@ class ConvOperator(Operator):
     def _inverse(self, alpha: float) -> Tensor:
         """((1 + alpha) I - alpha W)^-1 per frequency; kept for the last alpha."""
         if self._inverse_of != alpha:
-            eye = torch.eye(self.channels, dtype=self.blocks.dtype, device=self.blocks.device)
-            self._inverted = torch.linalg.inv((1.0 + alpha) * eye - alpha * self.blocks)
+            # Its Hermitian part is at least 1 + alpha m: no pivoting is needed.
+            if has_kernel("mon_invert", self.blocks.device.type):
+                self._inverted = invert_blocks(self.blocks, -alpha, 1.0 + alpha)
+            else:
+                eye = torch.eye(self.channels, dtype=self.blocks.dtype, device=self.blocks.device)
+                self._inverted = torch.linalg.inv((1.0 + alpha) * eye - alpha * self.blocks)
             self._inverse_of, self._packed_inverse = alpha, {}
         return self._inverted
 
     def _read(self, blocks: Tensor, transposed: bool) -> Tensor:
         """Blocks as the op reads them; W^T has the conjugate transposes."""
-        if transposed:
-            blocks = torch.conj_physical(blocks).transpose(-2, -1)
-        return pack_blocks(blocks.contiguous(), self.size)
+        return pack_blocks(blocks, self.size, transposed)
 
     def _matrix(self, transposed: bool) -> Tensor:
         if transposed not in self._packed:

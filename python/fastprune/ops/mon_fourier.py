@@ -8,12 +8,13 @@ from torch import Tensor
 from fastprune.reference.mon_splitting import Solution
 
 
-def pack_blocks(blocks: Tensor, size: tuple[int, int]) -> Tensor:
+def pack_blocks(blocks: Tensor, size: tuple[int, int], adjoint: bool = False) -> Tensor:
     """A circular convolution per frequency, in the order that :func:`solve_maps` reads.
 
     Args:
         blocks: complex (height * (width // 2 + 1), n, n), the frequencies as ``rfft2`` orders them.
         size: (height, width) of the maps.
+        adjoint: pack the conjugate transposes: those of the transposed convolution.
     Returns:
         (frequencies, 2 n n), real: of two conjugate frequencies the first only.
     Raises:
@@ -21,7 +22,27 @@ def pack_blocks(blocks: Tensor, size: tuple[int, int]) -> Tensor:
     Cost: one read and one write of the blocks.
     """
     real = torch.view_as_real(blocks.resolve_conj())
-    return torch.ops.fastprune.mon_fourier_pack(real, *size)  # type: ignore[no-any-return]
+    packed: Tensor = torch.ops.fastprune.mon_fourier_pack(real, *size, adjoint)
+    return packed
+
+
+def invert_blocks(blocks: Tensor, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    """(shift I + scale M)^-1 for each of many complex matrices M, one in each lane of a vector.
+
+    Args:
+        blocks: complex64 or complex128 (matrices, n, n), on the CPU. The Hermitian part of
+            shift I + scale M must be positive definite: there is no pivoting, and then none needed.
+        scale, shift: real numbers.
+    Returns:
+        The inverses, like ``blocks``; not finite where a pivot is zero or not finite.
+    Raises:
+        RuntimeError: the shape, dtype or device is none of these; the message names the argument.
+    Cost: n^3 complex products per matrix, one read and one write of the blocks. The same bits for
+    any number of threads.
+    Gauss-Jordan elimination; its stability without pivoting: Golub and Van Loan 1979.
+    """
+    real = torch.view_as_real(blocks.resolve_conj())
+    return torch.view_as_complex(torch.ops.fastprune.mon_invert(real, scale, shift))
 
 
 def solve_maps(
@@ -75,8 +96,13 @@ def _frequencies(height: int, width: int) -> int:
 
 
 @torch.library.register_fake("fastprune::mon_fourier_pack")
-def _pack_fake(matrix: Tensor, height: int, width: int) -> Tensor:
+def _pack_fake(matrix: Tensor, height: int, width: int, adjoint: bool = False) -> Tensor:
     return matrix.new_empty(_frequencies(height, width), 2 * matrix.shape[1] ** 2)
+
+
+@torch.library.register_fake("fastprune::mon_invert")
+def _invert_fake(blocks: Tensor, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    return blocks.new_empty(blocks.shape)
 
 
 @torch.library.register_fake("fastprune::mon_splitting_fourier")
