@@ -47,16 +47,12 @@ class Case:
         made = _raw(operator, size)
         options = {"solver": "fb", "alpha": self.alpha, **how}
         if self.slope is not None:
-            return plain.adjoint(
-                made, self.bias, self.slope, transposed=self.transposed, **options
-            )
+            return plain.adjoint(made, self.bias, self.slope, transposed=self.transposed, **options)
         return plain.solve(made, self.bias, self.activation, **options)
 
     def arguments(self, dtype: torch.dtype, **how: object) -> tuple[object, ...]:
         back = self.slope is not None and self.transposed
-        pair, single = self.structure.weights(
-            self.A, self.B, self.g, -self.h if back else self.h
-        )
+        pair, single = self.structure.weights(self.A, self.B, self.g, -self.h if back else self.h)
         cast = [[t.to(dtype) if t.is_floating_point() else t for t in ts] for ts in (pair, single)]
         rest = {"tol": 1e-5, "max_iter": 50, "per_sample": False, **how}
         return (
@@ -262,6 +258,16 @@ def test_the_same_bits_for_any_number_of_threads(threads: None, batch: int) -> N
         assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
 
 
+def test_maps_beyond_the_cache_go_image_by_image(isa: str, threads: None) -> None:
+    for adjoint in (False, True):
+        case = make(17, 16, (34, 36), 0.02, adjoint=adjoint)
+        case.bias[3] *= 100
+        for count in (1, 2, 32):  # images in parallel, or each on all threads
+            torch.set_num_threads(count)
+            agree(case, tol=0.0, max_iter=2)
+        agree(case, tol=1e-3, max_iter=40, per_sample=True)
+
+
 @pytest.mark.parametrize("batch", [3, 16])
 def test_what_is_not_finite_ends_the_loop(isa: str, batch: int) -> None:
     for bad in (float("nan"), float("inf")):
@@ -317,7 +323,8 @@ def test_errors_name_the_argument() -> None:
     refuses("slope: expected size 4 in dimension 0, got 2", 1, slope[:2])
     refuses("slope: expected dtype Double, got Float", 1, slope.float())
     refuses("pair: expected no or 6 tensors, got 5", 2, pair[:5])
-    refuses(r"pair\[2\]: expected dtype Double, got Float", 2, [*pair[:2], pair[2].float(), *pair[3:]])
+    narrow = [*pair[:2], pair[2].float(), *pair[3:]]
+    refuses(r"pair\[2\]: expected dtype Double, got Float", 2, narrow)
     refuses(r"pair\[5\]: expected size", 2, [*pair[:5], pair[5][:-1]])
     refuses("offset: ", 2, [pair[0], pair[1].long(), *pair[2:]])
     refuses("row_ptr: expected bounds", 2, [pair[0].flip(0), *pair[1:]])
@@ -359,3 +366,17 @@ def test_structures_follow_their_masks() -> None:
     assert conv_structure(None, mask) is not first
     mask[0, 0, 0, 0] = False
     assert conv_structure(mask, None) is not first
+
+
+def test_few_weights_of_large_maps_are_multiplied_in_space() -> None:
+    g = torch.Generator().manual_seed(0)
+
+    def cheaper(n: int, batch: int, size: int, density: float) -> bool:
+        a, b = (torch.rand(n, n, 3, 3, generator=g) < density for _ in range(2))
+        return ConvStructure(a, b).is_cheaper(torch.empty(batch, n, size, size), 1)
+
+    assert cheaper(81, 1, 34, 0.01)
+    assert cheaper(81, 16, 10, 0.01)
+    assert not cheaper(81, 1, 34, 0.5)
+    assert not cheaper(16, 16, 34, 0.01)
+    assert not cheaper(54, 16, 34, 0.2)

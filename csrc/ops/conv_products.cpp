@@ -1,5 +1,6 @@
 #include "ops/conv_products.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -277,28 +278,35 @@ ConvProduct::ConvProduct(const MaskedConv2dCall& c, const ConvWeight& weight, bo
   a.panel_offset = p.translation->offset->as<uint16_t>();
   a.source_batch_last = a.target_batch_last = lanes && a.way == ConvWay::lanes;
   p.cuts = cuts_of(weight, transposed, a);
-  p.slot = (scratch_of(p.cuts, a) + 63) / 64 * 64;
+  Cuts whole = p.cuts;  // a worker alone holds all rows
+  whole.parts = 1;
+  whole.bounds.clear();
+  p.slot = (std::max(scratch_of(p.cuts, a), scratch_of(whole, a)) + 63) / 64 * 64;
   p.memory = std::make_unique<Scratch>(checked_product(p.slot, thread_count(), "fastprune"));
 }
 ConvProduct::~ConvProduct() = default;
 
 bool ConvProduct::batch_last() const { return prepared_->args.source_batch_last; }
 
-void ConvProduct::run(const void* source, void* target, const void* residual) const {
+void ConvProduct::run(const void* source, void* target, const void* residual,
+                      std::optional<int64_t> worker) const {
   const Prepared& p = *prepared_;
   if (p.args.pattern.rows == 0 || p.grid.points() == 0) return;
   MaskedConv2dArgs args = p.args;
   args.source = source;
   args.target = target;
   args.residual = residual;
+  const auto part = [&](int64_t first, int64_t last, int64_t row_begin, int64_t row_end,
+                        void* scratch) {
+    FASTPRUNE_PICK(masked_conv2d)(args, first, last, row_begin, row_end, scratch);
+  };
+  if (worker.has_value()) {
+    part(0, p.cuts.items, 0, p.cuts.rows, p.memory->as<char>() + *worker * p.slot);
+    return;
+  }
   for_each_range(p.cuts.items * p.cuts.parts, p.slot, p.memory->as<void>(),
                  [&](int64_t begin, int64_t end, void* memory) {
-                   walk_cuts(p.cuts, begin, end, memory,
-                             [&](int64_t first, int64_t last, int64_t row_begin, int64_t row_end,
-                                 void* scratch) {
-                               FASTPRUNE_PICK(masked_conv2d)
-                               (args, first, last, row_begin, row_end, scratch);
-                             });
+                   walk_cuts(p.cuts, begin, end, memory, part);
                  });
 }
 

@@ -26,8 +26,10 @@ class ConvProduct {
   ConvProduct(const MaskedConv2dCall& c, const ConvWeight& weight, bool transposed, bool lanes);
   ~ConvProduct();
   bool batch_last() const;
-  // residual: as the target, which it may be, and added to it; or null.
-  void run(const void* source, void* target, const void* residual) const;
+  // residual: as the target, which it may be, and added to it; or null. On all threads, or as one
+  // of thread_count() workers that run at the same time.
+  void run(const void* source, void* target, const void* residual,
+           std::optional<int64_t> worker = std::nullopt) const;
 
  private:
   struct Prepared;

@@ -55,14 +55,15 @@ Tensor copy_interior(const Tensor& from, const Sizes& s, bool crop) {
   return to;
 }
 
-// One of the three convolutions, all of n to n channels.
-MaskedConv2dCall convolution(const Sizes& s, const PatternShape& shape, int64_t padding) {
+// One of the three convolutions, all of n to n channels: of the batch innermost, or of one image.
+MaskedConv2dCall convolution(const Sizes& s, const PatternShape& shape, int64_t padding,
+                             bool last) {
   const int64_t k = 2 * s.ring + 1, grown = 2 * padding - 2 * s.ring;
   MaskedConv2dCall c{};
   c.shape = shape;
   c.geometry = ConvGeometry{{1, 1}, {padding, padding}, {1, 1}, 1};
   c.dtype = s.dtype;
-  c.batch = s.batch, c.channels = s.channels;
+  c.batch = last ? s.batch : 1, c.channels = s.channels;
   c.height = s.inner_height(), c.width = s.inner_width();
   c.kernel_height = c.kernel_width = k;
   c.out_height = c.height + grown, c.out_width = c.width + grown;
@@ -101,9 +102,13 @@ class DirectSolve {
     value_ = torch::stable::empty_like(bias_);
     std::memset(z_->mutable_data_ptr(), 0, static_cast<size_t>(bytes));
     m.z = z_->mutable_data_ptr();
+    blocks_ = last_ ? 1 : sizes.batch;
+    block_bytes_ = bytes / blocks_;
+    workers_ = std::min(blocks_, thread_count());
     if (products_.down != nullptr) {
-      const int64_t padded = (sizes.height * sizes.width) * sizes.batch * sizes.channels * element_;
-      between_ = std::make_unique<Scratch>(padded);
+      between_bytes_ = sizes.height * sizes.width * sizes.channels * element_;
+      if (last_) between_bytes_ *= sizes.batch;
+      between_ = std::make_unique<Scratch>(checked_product(between_bytes_, workers_, kOp));
     }
     if (slope.has_value()) {
       slope_ = last_ ? copy_in_layout(*slope, true, kOp) : *slope;
@@ -127,10 +132,14 @@ class DirectSolve {
     std::vector<double> norms(static_cast<size_t>(2 * count));
     int64_t left = count;
     for (int64_t i = 1; i <= max_iter && left > 0; ++i) {
-      const void* value = bias_.const_data_ptr();  // W 0 = 0
-      if (i > 1) value = multiply();
-      for_each_range(items_, 0, [&](int64_t begin, int64_t end, void*) {
-        FASTPRUNE_PICK(mon_direct_step)(maps_, value, begin, end);
+      const bool first = i == 1;  // W 0 = 0
+      each_block([&](int64_t block, std::optional<int64_t> worker) {
+        if (at_rest(block)) return;
+        if (!first) multiply(block, worker);
+        const void* value = first ? bias_.const_data_ptr() : value_->const_data_ptr();
+        items_of(block, worker, [&](int64_t begin, int64_t end) {
+          FASTPRUNE_PICK(mon_direct_step)(maps_, value, begin, end);
+        });
       });
       add_up(per_sample, norms);
       for (int64_t s = 0; s < count; ++s) {
@@ -150,10 +159,13 @@ class DirectSolve {
 
   // One more application; the results as whole maps.
   std::tuple<Tensor, Tensor> finish() {
-    void* value = multiply();
     if (slope_.has_value()) maps_.slope = slope_->const_data_ptr();
-    for_each_range(items_, 0, [&](int64_t begin, int64_t end, void*) {
-      FASTPRUNE_PICK(mon_direct_finish)(maps_, value, begin, end);
+    void* value = value_->mutable_data_ptr();
+    each_block([&](int64_t block, std::optional<int64_t> worker) {
+      multiply(block, worker);
+      items_of(block, worker, [&](int64_t begin, int64_t end) {
+        FASTPRUNE_PICK(mon_direct_finish)(maps_, value, begin, end);
+      });
     });
     const auto whole = [&](const Tensor& t) {
       return copy_interior(last_ ? copy_in_layout(t, false, kOp) : t, sizes_, false);
@@ -162,23 +174,50 @@ class DirectSolve {
   }
 
  private:
-  // b - g A^T A z + K z.
-  void* multiply() {
-    const void* sum = bias_.const_data_ptr();
-    void* value = value_->mutable_data_ptr();
+  // f(block, worker): one thread per image where there are enough, else all threads on each. A
+  // block's maps stay in the cache from product to product.
+  template <typename F>
+  void each_block(const F& f) const {
+    if (workers_ < thread_count() || workers_ == 1) {
+      for (int64_t b = 0; b < blocks_; ++b) f(b, std::nullopt);
+      return;
+    }
+    for_each_range(workers_, 0, [&](int64_t first, int64_t end, void*) {
+      for (int64_t w = first; w < end; ++w) {
+        for (int64_t b = blocks_ * w / workers_; b < blocks_ * (w + 1) / workers_; ++b) f(b, w);
+      }
+    });
+  }
+  template <typename F>
+  void items_of(int64_t block, std::optional<int64_t> worker, const F& f) const {
+    const int64_t count = items_ / blocks_, first = block * count;
+    if (worker.has_value()) return f(first, first + count);
+    for_each_range(count, 0, [&](int64_t begin, int64_t end, void*) {
+      f(first + begin, first + end);
+    });
+  }
+  bool at_rest(int64_t block) const {
+    return !last_ && active_[static_cast<size_t>(block * element_)] == 0;
+  }
+  // value = b - g A^T A z + K z.
+  void multiply(int64_t block, std::optional<int64_t> worker) const {
+    const auto part = [&](const Tensor& t) {
+      return static_cast<char*>(t.mutable_data_ptr()) + block * block_bytes_;
+    };
+    const void* sum = part(bias_);
+    const void* z = part(*z_);
+    void* value = part(*value_);
     if (products_.single != nullptr) {
-      products_.single->run(maps_.z, value, sum);
+      products_.single->run(z, value, sum, worker);
       sum = value;
     }
     if (products_.down != nullptr) {
-      products_.down->run(maps_.z, between_->as<void>(), nullptr);
-      products_.up->run(between_->as<void>(), value, sum);
+      char* between = between_->as<char>() + worker.value_or(0) * between_bytes_;
+      products_.down->run(z, between, nullptr, worker);
+      products_.up->run(between, value, sum, worker);
       sum = value;
     }
-    if (sum != value) {
-      std::memcpy(value, sum, static_cast<size_t>(bias_.numel() * element_));
-    }
-    return value;
+    if (sum != value) std::memcpy(value, sum, static_cast<size_t>(block_bytes_));
   }
   // Items in order: the same sums for any number of threads.
   void add_up(bool per_sample, std::vector<double>& norms) const {
@@ -205,13 +244,19 @@ class DirectSolve {
   std::vector<double> sums_;
   MonDirectMaps maps_{};
   int64_t items_ = 0, element_ = 4;
+  // With the batch innermost there is one block, else one per image.
+  int64_t blocks_ = 1, block_bytes_ = 0, between_bytes_ = 0, workers_ = 1;
 };
 
-// Lanes that the batch leaves empty cost as much as the others.
+// Lanes that the batch leaves empty cost as much as the others, and maps of all images that leave
+// the cache more than lanes that a narrow image leaves empty.
 bool fills_lanes(const Sizes& s) {
+  constexpr int64_t kMostBytes = int64_t{2} << 20;
   const int64_t lanes = FASTPRUNE_PICK(mon_direct_lanes)(s.dtype);
   const int64_t taken = (s.batch + lanes - 1) / lanes * lanes;
-  return s.batch > 1 && 5 * s.batch >= 3 * taken && s.inner_height() * s.inner_width() > 1;
+  const int64_t points = s.inner_height() * s.inner_width();
+  const int64_t bytes = s.batch * s.channels * points * (s.dtype == DType::f64 ? 8 : 4);
+  return s.batch > 1 && 5 * s.batch >= 3 * taken && points > 1 && bytes <= kMostBytes;
 }
 
 Tensor checked_values(const Tensor& t, const PatternView& pattern, const Tensor& bias,
@@ -288,12 +333,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mon_splitting_direct_cpu(
   const auto prepare = [&](bool last) {
     Products made;
     if (!pair.empty()) {
-      const MaskedConv2dCall c = convolution(s, pair_shape, 2 * s.ring);
+      const MaskedConv2dCall c = convolution(s, pair_shape, 2 * s.ring, last);
       made.down = std::make_unique<ConvProduct>(c, down, false, last);
       made.up = std::make_unique<ConvProduct>(c, up, true, last);
     }
     if (!single.empty()) {
-      const MaskedConv2dCall c = convolution(s, single_shape, s.ring);
+      const MaskedConv2dCall c = convolution(s, single_shape, s.ring, last);
       made.single = std::make_unique<ConvProduct>(c, skew, false, last);
     }
     return made;
