@@ -142,6 +142,24 @@ using Shared = std::shared_ptr<const Scratch>;
 
 inline int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
+// As below, with scratch that the caller keeps: a slot, a multiple of 64 bytes, for each of
+// thread_count() threads.
+template <typename F>
+void for_each_range(int64_t items, int64_t slot, void* scratch, const F& f) {
+  const int64_t threads = thread_count();
+  const int64_t workers = items < threads ? items : threads;
+  if (workers <= 0) return;
+  if (workers == 1) {
+    f(int64_t{0}, items, scratch);
+    return;
+  }
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      f(items * w / workers, items * (w + 1) / workers, static_cast<char*>(scratch) + w * slot);
+    }
+  });
+}
+
 // Calls f(begin, end, scratch) over [0, items) from at most thread_count() threads of torch's pool,
 // each with scratch_bytes of its own, aligned to 64. Results must not depend on the cuts.
 template <typename F>
@@ -155,15 +173,7 @@ void for_each_range(int64_t items, int64_t scratch_bytes, const F& f) {
     return;
   }
   const Scratch scratch(checked_product(slot, workers, "fastprune"));
-  if (workers == 1) {
-    f(int64_t{0}, items, scratch.as<void>());
-    return;
-  }
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
-    for (int64_t w = first; w < last; ++w) {
-      f(items * w / workers, items * (w + 1) / workers, scratch.as<char>() + w * slot);
-    }
-  });
+  for_each_range(items, slot, scratch.as<void>(), f);
 }
 
 }  // namespace fastprune

@@ -1,5 +1,6 @@
 #include "ops/conv_products.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -108,18 +109,24 @@ Cuts balanced_cuts(const ConvWeight& w, bool transposed, Cuts cuts) {
   return cuts;
 }
 
+Cuts cuts_of(const ConvWeight& w, bool transposed, const MaskedConv2dArgs& args) {
+  return balanced_cuts(w, transposed,
+                       cut_product(FASTPRUNE_PICK(masked_conv2d_items)(args.grid, args.pattern,
+                                                                       args.dtype, args.way),
+                                   args.pattern.rows));
+}
+int64_t scratch_of(const Cuts& cuts, const MaskedConv2dArgs& args) {
+  return FASTPRUNE_PICK(masked_conv2d_scratch)(args.grid, args.pattern, args.dtype, args.way,
+                                               cuts.rows_per_part());
+}
+
 void multiply(const ConvWeight& w, bool transposed, const Translation& translation,
               MaskedConv2dArgs args) {
   if (args.pattern.rows == 0 || args.grid.points() == 0) return;
   args.way = static_cast<ConvWay>(translation.way);
   args.panel_offset = translation.offset->as<uint16_t>();
-  const Cuts cuts = balanced_cuts(w, transposed,
-                                  cut_product(FASTPRUNE_PICK(masked_conv2d_items)(
-                                                  args.grid, args.pattern, args.dtype, args.way),
-                                              args.pattern.rows));
-  const int64_t scratch = FASTPRUNE_PICK(masked_conv2d_scratch)(args.grid, args.pattern, args.dtype,
-                                                                args.way, cuts.rows_per_part());
-  for_each_cut(cuts, scratch,
+  const Cuts cuts = cuts_of(w, transposed, args);
+  for_each_cut(cuts, scratch_of(cuts, args),
                [&](int64_t begin, int64_t end, int64_t row_begin, int64_t row_end, void* memory) {
                  FASTPRUNE_PICK(masked_conv2d)(args, begin, end, row_begin, row_end, memory);
                });
@@ -238,6 +245,69 @@ Tensor conv_weight_grad(const MaskedConv2dCall& c, const ConvWeight& weight, con
       torch::stable::new_empty(x, {c.shape.rows, c.shape.depth, c.kernel_height, c.kernel_width});
   scatter_to_dense(pattern, c.dtype, values.as<void>(), weight_grad);
   return weight_grad;
+}
+
+// What one product of stride 1 reads, made once.
+struct ConvProduct::Prepared {
+  Taps taps;
+  ConvGrid grid{};
+  std::shared_ptr<const Translation> translation;
+  MaskedConv2dArgs args{};
+  Cuts cuts{};
+  int64_t slot = 0;
+  std::unique_ptr<Scratch> memory;  // of all threads
+};
+
+ConvProduct::ConvProduct(const MaskedConv2dCall& c, const ConvWeight& weight, bool transposed,
+                         bool lanes)
+    : prepared_(std::make_unique<Prepared>()) {
+  Prepared& p = *prepared_;
+  if (transposed) {
+    residue_grid(c, 0, 0, &p.taps, &p.grid);
+  } else {
+    p.grid = output_grid(c, &p.taps);
+  }
+  p.translation = translate(weight, transposed, p.grid, c.dtype, lanes);
+  MaskedConv2dArgs& a = p.args;
+  a.pattern = weight.pattern;
+  a.dtype = c.dtype;
+  a.grid = p.grid;
+  a.place = ConvTarget{p.grid.height, p.grid.width, 0, 0, 1, 1};
+  a.values = weight.values;
+  a.way = static_cast<ConvWay>(p.translation->way);
+  a.panel_offset = p.translation->offset->as<uint16_t>();
+  a.source_batch_last = a.target_batch_last = lanes && a.way == ConvWay::lanes;
+  p.cuts = cuts_of(weight, transposed, a);
+  Cuts whole = p.cuts;  // a worker alone holds all rows
+  whole.parts = 1;
+  whole.bounds.clear();
+  p.slot = (std::max(scratch_of(p.cuts, a), scratch_of(whole, a)) + 63) / 64 * 64;
+  p.memory = std::make_unique<Scratch>(checked_product(p.slot, thread_count(), "fastprune"));
+}
+ConvProduct::~ConvProduct() = default;
+
+bool ConvProduct::batch_last() const { return prepared_->args.source_batch_last; }
+
+void ConvProduct::run(const void* source, void* target, const void* residual,
+                      std::optional<int64_t> worker) const {
+  const Prepared& p = *prepared_;
+  if (p.args.pattern.rows == 0 || p.grid.points() == 0) return;
+  MaskedConv2dArgs args = p.args;
+  args.source = source;
+  args.target = target;
+  args.residual = residual;
+  const auto part = [&](int64_t first, int64_t last, int64_t row_begin, int64_t row_end,
+                        void* scratch) {
+    FASTPRUNE_PICK(masked_conv2d)(args, first, last, row_begin, row_end, scratch);
+  };
+  if (worker.has_value()) {
+    part(0, p.cuts.items, 0, p.cuts.rows, p.memory->as<char>() + *worker * p.slot);
+    return;
+  }
+  for_each_range(p.cuts.items * p.cuts.parts, p.slot, p.memory->as<void>(),
+                 [&](int64_t begin, int64_t end, void* memory) {
+                   walk_cuts(p.cuts, begin, end, memory, part);
+                 });
 }
 
 }  // namespace fastprune

@@ -77,21 +77,26 @@ Cuts cut_product(int64_t items, int64_t rows);
 // One part per thread, for weight gradients: a part walks all items itself, in order.
 Cuts cut_rows(int64_t rows);
 
+// The cuts [begin, end) one after the other.
+template <typename F>
+void walk_cuts(const Cuts& cuts, int64_t begin, int64_t end, void* memory, const F& f) {
+  if (cuts.parts == 1) {
+    f(begin, end, int64_t{0}, cuts.rows, memory);
+    return;
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t item = i / cuts.parts, part = i % cuts.parts;
+    if (cuts.row_begin(part) == cuts.row_begin(part + 1)) continue;
+    f(item, item + 1, cuts.row_begin(part), cuts.row_begin(part + 1), memory);
+  }
+}
+
 // Calls f(item_begin, item_end, row_begin, row_end, scratch) for every cut, on torch's threads.
 template <typename F>
 void for_each_cut(const Cuts& cuts, int64_t scratch_bytes, const F& f) {
-  for_each_range(cuts.items * cuts.parts, scratch_bytes,
-                 [&](int64_t begin, int64_t end, void* memory) {
-                   if (cuts.parts == 1) {
-                     f(begin, end, int64_t{0}, cuts.rows, memory);
-                     return;
-                   }
-                   for (int64_t i = begin; i < end; ++i) {
-                     const int64_t item = i / cuts.parts, part = i % cuts.parts;
-                     if (cuts.row_begin(part) == cuts.row_begin(part + 1)) continue;
-                     f(item, item + 1, cuts.row_begin(part), cuts.row_begin(part + 1), memory);
-                   }
-                 });
+  for_each_range(
+      cuts.items * cuts.parts, scratch_bytes,
+      [&](int64_t begin, int64_t end, void* memory) { walk_cuts(cuts, begin, end, memory, f); });
 }
 
 }  // namespace fastprune

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastprune.ops.backend import has_kernel
+from fastprune.ops.mon_conv_structure import ConvStructure, conv_structure
 from fastprune.ops.mon_fourier import invert_blocks, pack_blocks
 from fastprune.ops.mon_operator import (
     Operator,
@@ -30,6 +31,8 @@ class ConvOperator(Operator):
         m: strong monotonicity of I - W.
         ring: width of the border that is kept at zero.
         like: the bias of the solves: their dtype, device and map size.
+        a_mask, b_mask: bool like A and B: entries outside do not exist; None: all do. With few,
+            forward-backward on the CPU multiplies in space, otherwise in the Fourier domain.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class ConvOperator(Operator):
         self.channels, self.size = like.shape[1], (like.shape[2], like.shape[3])
         self._like = like.new_empty(0)
         self._packed: dict[bool, Tensor] = {}
+        self._sparse: dict[bool, tuple[list[Tensor], list[Tensor]]] = {}
         self._inverse_of = 0.0  # the alpha of what follows; none yet
         self._inverted = self._like
         self._packed_inverse: dict[bool, Tensor] = {}
@@ -119,7 +123,45 @@ class ConvOperator(Operator):
             return super().adjoint(grad, slope, s, transposed)
         return self._call(grad, slope, s, transposed)
 
+    @cached_property
+    def structure(self) -> ConvStructure | None:
+        """Of the masks, where all kernels that are there have one."""
+        dense = (self.A is not None and self.a_mask is None) or (
+            self.B is not None and self.b_mask is None
+        )
+        nothing = self.A is None and self.B is None
+        return None if dense or nothing else conv_structure(self.a_mask, self.b_mask)
+
+    def _weights(self, transposed: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """A and B as the op in space reads them."""
+        if transposed not in self._sparse:
+            assert self.structure is not None
+            h = -self.h if transposed else self.h
+            self._sparse[transposed] = self.structure.weights(self.A, self.B, self.g, h)
+        return self._sparse[transposed]
+
     def _call(self, bias: Tensor, slope: Tensor | None, s: Settings, transposed: bool) -> Solution:
+        if (
+            s.solver == "fb"
+            and bias.device.type == "cpu"
+            and self.structure is not None
+            and self.structure.is_cheaper(bias, self.ring)
+        ):
+            return Solution(
+                *torch.ops.fastprune.mon_splitting_direct.default(
+                    bias,
+                    slope,
+                    *self._weights(transposed),
+                    self.structure.blocks,
+                    1.0 - self.m,
+                    self.ring,
+                    s.activation,
+                    s.alpha,
+                    s.tol,
+                    s.max_iter,
+                    s.per_sample,
+                )
+            )
         return Solution(
             *torch.ops.fastprune.mon_splitting_fourier.default(
                 bias,

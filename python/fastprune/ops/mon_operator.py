@@ -78,8 +78,11 @@ class Operator:
         raise NotImplementedError
 
 
-class _Entries(NamedTuple):
-    """A pattern and where its entries stand in a flattened (n, n) matrix, or in its transpose."""
+class Entries(NamedTuple):
+    """A pattern and where its entries stand in the flattened (n, n, ...) weight.
+
+    ``at_transposed``: those of the transposed pattern, likewise in the weight itself.
+    """
 
     pattern: Pattern
     at: Tensor
@@ -97,8 +100,8 @@ class LinearStructure:
     def __init__(
         self, n: int, has_a: bool, has_b: bool, a_mask: Tensor | None, b_mask: Tensor | None
     ) -> None:
-        self.a: _Entries | None = None  # A, for A^T A
-        self.k: _Entries | None = None  # B - B^T, or all of W, whose structure is symmetric
+        self.a: Entries | None = None  # A, for A^T A
+        self.k: Entries | None = None  # B - B^T, or all of W, whose structure is symmetric
         self.merged = False
         # Of A and B alone, for gradients at the mask; None where W is dense.
         self.a_pattern: Pattern | None = None
@@ -123,10 +126,10 @@ class LinearStructure:
         self.b_pattern = None if b_mask is None else pack(b_mask)
         if self.merged:
             assert merged is not None
-            self.k = _entries(merged)
+            self.k = entries(merged)
         else:
-            self.a = _entries(a_mask) if a_mask is not None and a_count else None
-            self.k = None if skew is None else _entries(skew)
+            self.a = entries(a_mask) if a_mask is not None and a_count else None
+            self.k = None if skew is None else entries(skew)
 
 
 class LinearOperator(Operator):
@@ -280,27 +283,27 @@ def _gram_bound(a_mask: Tensor) -> float:
     return float((rows * rows).sum())
 
 
-def _entries(mask: Tensor) -> _Entries:
-    """``at``: of the entries in the pattern's order; ``at_transposed``: of its transpose, in the
-    order of the transposed pattern; for a symmetric mask the two patterns are equal."""
+def entries(mask: Tensor) -> Entries:
+    """Of a square matrix, or of kernels (n, n, k, k); for a symmetric mask of a matrix the two
+    patterns are equal."""
     pattern = pack(mask)
-    n = mask.shape[1]
-    rows, columns = _places(pattern.row_ptr, pattern.offset, mask.shape[0], pattern.block_depth)
-    at = rows * n + columns
+    n, taps = mask.shape[0], mask[0, 0].numel() if len(mask) else 1
+    rows, columns = _places(pattern.row_ptr, pattern.offset, n, pattern.block_depth * taps)
+    at = rows * (n * taps) + columns
     rows, columns = _places(
         pattern.transposed_row_ptr,
         pattern.transposed_offset,
-        mask.shape[1],
-        pattern.transposed_block_depth,
+        n,
+        pattern.transposed_block_depth * taps,
     )
-    return _Entries(pattern, at, columns * n + rows)
+    return Entries(pattern, at, (columns // taps * n + rows) * taps + columns % taps)
 
 
-def _places(row_ptr: Tensor, offset: Tensor, rows: int, block_depth: int) -> tuple[Tensor, Tensor]:
+def _places(row_ptr: Tensor, offset: Tensor, rows: int, block_cols: int) -> tuple[Tensor, Tensor]:
     """Row and column of each entry of a packed pattern."""
     lists = torch.arange(len(row_ptr) - 1, device=row_ptr.device)
     of = lists.repeat_interleave(row_ptr.diff())
-    return of % rows, of // rows * block_depth + offset.long()
+    return of % rows, of // rows * block_cols + offset.long()
 
 
 def start_vector(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -323,6 +326,7 @@ def _pack_fake(matrix: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fastprune::mon_splitting")
+@torch.library.register_fake("fastprune::mon_splitting_direct")
 def _solve_fake(bias: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     counts = (bias.shape[0],) if arguments[-1] else ()
     return (
