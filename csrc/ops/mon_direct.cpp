@@ -192,9 +192,8 @@ class DirectSolve {
   void items_of(int64_t block, std::optional<int64_t> worker, const F& f) const {
     const int64_t count = items_ / blocks_, first = block * count;
     if (worker.has_value()) return f(first, first + count);
-    for_each_range(count, 0, [&](int64_t begin, int64_t end, void*) {
-      f(first + begin, first + end);
-    });
+    for_each_range(count, 0,
+                   [&](int64_t begin, int64_t end, void*) { f(first + begin, first + end); });
   }
   bool at_rest(int64_t block) const {
     return !last_ && active_[static_cast<size_t>(block * element_)] == 0;

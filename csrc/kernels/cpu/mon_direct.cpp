@@ -68,8 +68,7 @@ struct Update {
   void one(const T* value, int64_t i, int n, Int<T> active, Vec<T>& changes, Vec<T>& norms) const {
     const T alpha = static_cast<T>(m.alpha), diagonal = static_cast<T>(m.diagonal);
     const Vec<T> old = load_part(z() + i, n);
-    const Vec<T> v =
-        (load_part(value + i, n) + old * diagonal) * alpha + old * (T(1) - alpha);
+    const Vec<T> v = (load_part(value + i, n) + old * diagonal) * alpha + old * (T(1) - alpha);
     Vec<T> made;
     if constexpr (Adjoint) {
       made = load_part(slopes() + i, n) * v;
@@ -130,8 +129,8 @@ void mon_direct_scale(DType dtype, double alpha, const void* slope, void* scale,
 
 void mon_direct_step(const MonDirectMaps& m, const void* value, int64_t begin, int64_t end) {
   if (m.dtype == DType::f64) {
-    return choose<double>(
-        m, [&](auto u) { u.step(static_cast<const double*>(value), begin, end); });
+    return choose<double>(m,
+                          [&](auto u) { u.step(static_cast<const double*>(value), begin, end); });
   }
   choose<float>(m, [&](auto u) { u.step(static_cast<const float*>(value), begin, end); });
 }

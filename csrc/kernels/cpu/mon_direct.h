@@ -30,6 +30,7 @@ struct MonDirectMaps {
 };
 
 FASTPRUNE_PER_ISA(
+    // Elements of a vector.
     int64_t mon_direct_lanes(DType dtype);
     // scale = J / (J + alpha (1 - J)), 0 where J = 0; elements [begin, end).
     void mon_direct_scale(DType dtype, double alpha, const void* slope, void* scale, int64_t begin,
