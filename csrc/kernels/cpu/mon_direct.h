@@ -29,16 +29,16 @@ struct MonDirectMaps {
   int64_t sums_per_item() const { return batch_last ? 2 * width : 2; }
 };
 
-FASTPRUNE_PER_ISA(int64_t mon_direct_lanes(DType dtype);
-                  // scale = J / (J + alpha (1 - J)), 0 where J = 0; elements [begin, end).
-                  void mon_direct_scale(DType dtype, double alpha, const void* slope, void* scale,
-                                        int64_t begin, int64_t end);
-                  // z <- prox(alpha (value + diagonal z) + (1 - alpha) z) for the items [begin,
-                  // end). value: the products and b.
-                  void mon_direct_step(const MonDirectMaps& maps, const void* value, int64_t begin,
-                                       int64_t end);
-                  // value <- the nonlinearity of value + diagonal z, or slope times that.
-                  void mon_direct_finish(const MonDirectMaps& maps, void* value, int64_t begin,
-                                         int64_t end);)
+FASTPRUNE_PER_ISA(
+    // Elements of a vector.
+    int64_t mon_direct_lanes(DType dtype);
+    // scale = J / (J + alpha (1 - J)), 0 where J = 0; elements [begin, end).
+    void mon_direct_scale(DType dtype, double alpha, const void* slope, void* scale, int64_t begin,
+                          int64_t end);
+    // z <- prox(alpha (value + diagonal z) + (1 - alpha) z) for the items [begin, end). value: the
+    // products and b.
+    void mon_direct_step(const MonDirectMaps& maps, const void* value, int64_t begin, int64_t end);
+    // value <- the nonlinearity of value + diagonal z, or slope times that.
+    void mon_direct_finish(const MonDirectMaps& maps, void* value, int64_t begin, int64_t end);)
 
 }  // namespace fastprune
