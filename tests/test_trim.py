@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -362,6 +362,14 @@ KINDS = ["plain", "residual", "depthwise", "transposed", "concatenated", "padded
     density=st.sampled_from([0.1, 0.3, 0.6, 1.0]),
     rows=st.sampled_from([0.1, 0.25, 0.4]),
     pooled=st.booleans(),
+)
+@example(  # a channel that stays in the first round for a neighbour that goes
+    kinds=["plain", "depthwise", "depthwise", "concatenated"],
+    widths=[3, 7, 5, 7, 6, 2],
+    seed=0,
+    density=0.3,
+    rows=0.1,
+    pooled=True,
 )
 def test_any_small_network(kinds, widths, seed, density, rows, pooled) -> None:
     torch.manual_seed(seed)

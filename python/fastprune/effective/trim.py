@@ -73,24 +73,30 @@ def trim(
             has a bias that is computed from the input.
 
     In training mode the two may differ: BatchNorm sees a constant channel as one without variance.
-    Cost: two traces (seconds for a large model), a forward pass, and two copies of the model.
+    Cost: of each round, usually two: two traces (seconds for a large model), a forward pass, and
+    two copies of the model.
     Source: Vysogorets and Kempe 2023, section 3 (what is inactive can be removed).
     """
     arguments = one_example(arguments_of(model, example_input))
     known = masks_of(model, masks)
     plain = finalize(model)
     Masks(known).apply_(plain)
-    found = _search(plain, known, arguments)
-    if not return_masks:
-        return found[0]
-    kept = found[1]
-    small = {}
-    for name, mask in known.items():
-        for d in range(mask.dim()):
-            if (name, d) in kept:
-                mask = mask.index_select(d, kept[name, d].nonzero().flatten().to(mask.device))
-        small[name] = mask
-    return found[0], Masks(small)
+    small = dict(known)
+    while True:
+        # What stayed alone because of a neighbour may go once that has gone: rarely, so the second
+        # round is usually the last.
+        plain, kept = _search(plain, small, arguments)
+        before, small = small, {name: _cut(name, mask, kept) for name, mask in small.items()}
+        if all(mask.shape == small[name].shape for name, mask in before.items()):
+            return (plain, Masks(small)) if return_masks else plain
+
+
+def _cut(name: str, mask: Tensor, kept: Mapping[Any, Tensor]) -> Tensor:
+    """``mask`` without what was removed of its axes."""
+    for d in range(mask.dim()):
+        if (name, d) in kept:
+            mask = mask.index_select(d, kept[name, d].nonzero().flatten().to(mask.device))
+    return mask
 
 
 def _search(
