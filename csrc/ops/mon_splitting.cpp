@@ -12,13 +12,12 @@ namespace {
 
 using IntList = torch::headeronly::IntHeaderOnlyArrayRef;
 
-void check_square_pattern(const PatternShape& shape, const Tensor& values, int64_t entries,
-                          const Tensor& bias, const char* op, const char* name) {
+void check_values(const Tensor& values, int64_t entries, const Tensor& bias, const char* op,
+                  const char* name) {
   check_same_device(values, bias, op, name, "bias");
   check_dtype(values, bias.scalar_type(), op, name);
   check_dim(values, 1, op, name);
   check_size(values, 0, entries, op, name);
-  static_cast<void>(shape);
 }
 
 }  // namespace
@@ -70,11 +69,11 @@ MonSplittingCall validate_mon_splitting(const Tensor& bias, const std::optional<
   if (!pair.empty()) c.pair = PatternShape{c.n, 1, c.n, 1, blocks[0], blocks[1]};
   if (!single.empty()) c.single = PatternShape{c.n, 1, c.n, 1, blocks[2], blocks[2]};
   if (!pair.empty()) {
-    check_square_pattern(c.pair, pair[2], pair[1].numel(), bias, op, "pair[2]");
-    check_square_pattern(c.pair, pair[5], pair[4].numel(), bias, op, "pair[5]");
+    check_values(pair[2], pair[1].numel(), bias, op, "pair[2]");
+    check_values(pair[5], pair[4].numel(), bias, op, "pair[5]");
   }
   if (!single.empty()) {
-    check_square_pattern(c.single, single[2], single[1].numel(), bias, op, "single[2]");
+    check_values(single[2], single[1].numel(), bias, op, "single[2]");
   }
   return c;
 }
