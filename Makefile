@@ -1,5 +1,5 @@
 # Every target works from a bare machine: python3 (3.10 or newer), make and a C++ compiler.
-#   make demo | test | bench | recipes-reduced | lint | clean
+#   make demo | test | sanitize | bench | recipes-reduced | lint | clean
 # and, with a GPU, on a python3 that has torch and the build tools, without a network:
 #   make gpu-check
 
@@ -11,13 +11,30 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench recipes-reduced gpu-check lint format build clean
+.PHONY: demo test sanitize bench recipes-reduced gpu-check lint format build clean
 
 demo: build
 	$(PY) -m fastprune demo
 
 test: build
 	$(PY) -m pytest
+
+# Tests on a build that AddressSanitizer watches, the emulated CUDA kernels included: reads and
+# writes outside of memory end it. Everything with SANITIZE_TESTS=tests, three times as long as test.
+SANITIZE_VENV ?= .venv-sanitize
+SANITIZE_TESTS ?= tests/test_mon_direct.py tests/test_mon_forms.py tests/test_mon_fourier.py \
+  tests/test_mon_invert.py tests/test_mon_splitting.py tests/test_cuda_mon_fourier.py
+SANITIZE_PY := $(SANITIZE_VENV)/bin/python
+site_of = $$($(1) -c 'import site; print(site.getsitepackages()[0])')
+sanitize: $(VENV)/.ready
+	test -x $(SANITIZE_PY) || $(PYTHON) -m venv $(SANITIZE_VENV)
+	echo "$(call site_of,$(PY))" > "$(call site_of,$(SANITIZE_PY))/tools.pth"
+	$(SANITIZE_PY) -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps . \
+	  -C build-dir=build/sanitize -C install.strip=false -C cmake.define.FASTPRUNE_CUDA=OFF \
+	  -C cmake.define.FASTPRUNE_EMULATION=ON -C cmake.define.FASTPRUNE_SANITIZE=address
+	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 OMP_NUM_THREADS=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  $(SANITIZE_PY) -m pytest -p no:faulthandler $(SANITIZE_TESTS)
 
 bench: build
 	$(PY) -m bench

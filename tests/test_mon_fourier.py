@@ -128,6 +128,15 @@ def test_activations(isa: str, activation: str, solver: str) -> None:
         agree(case, torch.float32, tol=0.0, max_iter=6)
 
 
+@pytest.mark.parametrize("ring", [2, 3])
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (9, 2), (5, 3), (4, 4)], ids=str)
+def test_maps_without_an_inside(isa: str, size: tuple[int, int], ring: int) -> None:
+    """make sanitize sees what steps outside of them."""
+    for solver, adjoint in (("pr", False), ("pr", True), ("fb", False), ("fb", True)):
+        case = make(3, 2, size, adjoint, ring=ring, solver=solver, alpha=0.5, activation="softplus")
+        assert not agree(case, tol=0.0, max_iter=3).out.any()
+
+
 @given(st.data())
 @settings(
     max_examples=60,

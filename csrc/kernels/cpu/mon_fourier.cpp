@@ -193,7 +193,8 @@ class Pair {
   // row: that of the values and of the next right-hand side, at the places of the transform.
   void update(MonFourierStep step, bool inverse, T scale, int64_t y, Vec<T>* row, int part) {
     const int64_t group = first_ + part;
-    const bool row_inside = y >= m_.ring && y < m_.height - m_.ring;
+    // Maps of no more than two rings have no inside at all.
+    const bool row_inside = y >= m_.ring && y < m_.height - m_.ring && m_.ring < m_.width - m_.ring;
     const int64_t begin = row_inside ? m_.ring : m_.width;
     const int64_t end = row_inside ? m_.width - m_.ring : m_.width;
     const auto each = [&](auto at_point) {
