@@ -193,10 +193,13 @@ GPU_EQUILIBRIUM_OVER_LOOP = {(87, 128): 50.0}
 GPU_EQUILIBRIUM_CONV = (81, 34, 16)
 GPU_EQUILIBRIUM_TOL = 1e-2
 
-# The notebook size of Winston and Kolter's programs, and a large layer; the paper's networks.
+# The notebook size of Winston and Kolter's programs, single samples, and a large layer; the paper's
+# networks.
 MON_LINEAR = (
     MonLinear(87, 128, 0.0),
     MonLinear(87, 128, 0.9),
+    MonLinear(87, 1, 0.0),
+    MonLinear(512, 1, 0.0),
     MonLinear(1024, 128, 0.95),
 )
 MON_CONV = (

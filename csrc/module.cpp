@@ -7,6 +7,7 @@
 
 #include "kernels/cpu/isa.h"
 #include "ops/cuda_form.h"
+#include "ops/mon_form.h"
 #include "ops/plan_registry.h"
 
 #if defined(FASTPRUNE_EMULATION)
@@ -65,6 +66,12 @@ PYBIND11_MODULE(_C, m) {
           "form: expected 'auto', 'deltas', 'bitmap', 'tensor_core', 'panel', 'dense' or "
           "'sampled', got '" +
           name + "'");
+    }
+  });
+  m.def("set_mon_form", [](const std::string& name) {
+    if (!fastprune::set_mon_form(name.c_str())) {
+      throw py::value_error("form: expected 'auto', 'by_feature' or 'by_sample', got '" + name +
+                            "'");
     }
   });
   m.def("set_isa", [](const std::string& name) {

@@ -4,7 +4,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "kernels/cpu/mon_splitting.h"
+#include "kernels/cpu/mon_samples.h"
+#include "ops/mon_form.h"
 #include "ops/mon_iterations.h"
 
 namespace fastprune {
@@ -210,6 +211,13 @@ int64_t tile_of(DType dtype, int64_t batch) {
   return tile;
 }
 
+bool by_sample(const MonSplittingArgs& args) {
+  const MonForm wanted = wanted_mon_form();
+  if (wanted == MonForm::by_feature) return false;
+  return (wanted == MonForm::by_sample || FASTPRUNE_PICK(mon_cheaper_by_sample)(args)) &&
+         FASTPRUNE_PICK(mon_can_go_by_sample)(args);
+}
+
 const void* packed_data(const std::optional<Tensor>& t, int64_t n, const char* op,
                         const char* name) {
   if (!t.has_value()) return nullptr;
@@ -283,6 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mon_splitting_cpu(
   args.tol = tol;
   args.per_sample = per_sample;
   args.tile = tile_of(c.dtype, c.batch < 1 ? 1 : c.batch);
+  args.by_sample = by_sample(args);
 
   Tensor out = torch::stable::empty_like(bias), z = torch::stable::empty_like(bias);
   MonVerdict verdict(bias, c.batch, per_sample);

@@ -4,6 +4,8 @@
 
 #include "kernels/cpu/masked_linear_tiles.h"
 #include "kernels/cpu/mon_dense.h"
+#include "kernels/cpu/mon_samples.h"
+#include "kernels/cpu/mon_step.h"
 #include "kernels/cpu/panel.h"
 #include "kernels/cpu/panel_pack.h"
 
@@ -68,7 +70,7 @@ struct Finish {
 
   const State<T>& s;
   int lanes;
-  T alpha, keep;  // keep = 1 - alpha
+  MonStep<T, Resolvent, Adjoint, A> step;
   const T* z;
   T* to;
   const T* rhs;
@@ -104,21 +106,7 @@ struct Finish {
       return;
     }
     const Vec<T> old = load(z + i);
-    Vec<T> made;
-    if constexpr (Resolvent) {
-      const Vec<T> half = Adjoint ? load(rhs + i) : load(s.half + i);
-      const Vec<T> u = T(2) * sum - half;
-      made = proximal_of(u, i);
-      const Vec<T> next = T(2) * made - u;
-      if constexpr (Adjoint) {
-        store(next_rhs + i, next);
-      } else {
-        store(s.half + i, next);
-        store(next_rhs + i, next + alpha * load(s.bias + i));
-      }
-    } else {
-      made = proximal_of(alpha * sum + keep * old, i);
-    }
+    Vec<T> made = step(sum, old, {s.bias, s.scale, s.half, rhs, next_rhs}, i);
     if (per_sample) {
       const Bits on = (Bits)load(s.active + j);
       made = (Vec<T>)(((Bits)made & on) | ((Bits)old & ~on));
@@ -128,17 +116,13 @@ struct Finish {
     *changes += change * change;
     *norm += made * made;
   }
-
-  inline Vec<T> proximal_of(Vec<T> x, int64_t i) const {
-    if constexpr (!Adjoint) {
-      return proximal<A, T>(x, alpha);
-    } else if constexpr (Resolvent) {
-      return load(s.scale + i) * (x + alpha * load(s.bias + i));
-    } else {
-      return load(s.scale + i) * x;
-    }
-  }
 };
+
+// The part of a packed matrix that products with panels read.
+template <typename T>
+const T* groups_of(const void* packed, int64_t n) {
+  return static_cast<const T*>(packed) + mon_columns_size(n);
+}
 
 // sums = bias + W x; every row is handed to `done` when it is complete. down: a panel.
 template <typename T>
@@ -146,7 +130,7 @@ void multiply(const MonSplittingArgs& a, const T* x, const T* bias, int lanes, T
               const RowsDone& done) {
   const MonMatrix& m = a.matrix;
   if (m.dense != nullptr) {
-    DenseProduct<T>{static_cast<const T*>(m.dense), a.n, x, bias, lanes, sums}.run(done);
+    DenseProduct<T>{groups_of<T>(m.dense, a.n), a.n, x, bias, lanes, sums}.run(done);
     return;
   }
   constexpr int W = kLanes<T>;
@@ -182,11 +166,7 @@ void begin(const MonSplittingArgs& a, int64_t index, void* memory) {
   for (int64_t i = 0; i < size; ++i) s.z[0][i] = 0;
   if (a.slope != nullptr) {
     pack(a.slope, s.slope);
-    const T alpha = static_cast<T>(a.alpha);
-    for (int64_t i = 0; i < size; ++i) {
-      const T j = s.slope[i];
-      s.scale[i] = j == 0 ? T(0) : j / (j + alpha * (1 - j));
-    }
+    adjoint_scales(s.slope, size, static_cast<T>(a.alpha), s.scale);
   }
   if (a.resolvent != nullptr) {
     const T alpha = a.slope == nullptr ? static_cast<T>(a.alpha) : T(0);
@@ -234,11 +214,11 @@ int64_t steps(const MonSplittingArgs& a, int64_t index, void* memory, void* scra
         a.per_sample ? own_norms : static_cast<T*>(notes.norms) + (step - first) * 2 * tile.lanes;
     for (int j = 0; j < 2 * tile.lanes; ++j) norms[j] = 0;
     const Finish<T, Phase::step, Resolvent, Adjoint, A> finish{
-        s,           tile.lanes,      alpha,        1 - alpha, s.z[from], s.z[1 - from],
-        s.rhs[from], s.rhs[1 - from], a.per_sample, norms};
+        s,           tile.lanes,      {alpha, 1 - alpha}, s.z[from], s.z[1 - from],
+        s.rhs[from], s.rhs[1 - from], a.per_sample,       norms};
     if constexpr (Resolvent) {
       DenseProduct<T>{
-          static_cast<const T*>(a.resolvent), a.n, s.rhs[from], nullptr, tile.lanes, s.z[1 - from]}
+          groups_of<T>(a.resolvent, a.n), a.n, s.rhs[from], nullptr, tile.lanes, s.z[1 - from]}
           .run(finish.done());
     } else if (step == 0) {  // W 0 = 0
       for (int64_t i = 0; i < a.n * tile.lanes; i += kLanes<T>) {
@@ -261,7 +241,7 @@ void finish_tile(const MonSplittingArgs& a, int64_t index, void* memory, void* s
   const int from = static_cast<int>(made & 1);
   T* const applied = s.z[1 - from];
   const Finish<T, Phase::apply, false, Adjoint, A> finish{
-      s, tile.lanes, T(1), T(0), s.z[from], applied, nullptr, nullptr, false, nullptr};
+      s, tile.lanes, {T(1), T(0)}, s.z[from], applied, nullptr, nullptr, false, nullptr};
   multiply<T>(a, s.z[from], s.bias, tile.lanes, applied, static_cast<T*>(scratch), finish.done());
   const auto unpack = [&](const T* from_panel, void* to) {
     write_transposed<T>(from_panel, a.n, tile.lanes, tile.n, static_cast<T*>(to) + tile.first * a.n,
@@ -271,62 +251,23 @@ void finish_tile(const MonSplittingArgs& a, int64_t index, void* memory, void* s
   unpack(s.z[from], z);
 }
 
-using StepsFunction = int64_t (*)(const MonSplittingArgs&, int64_t, void*, void*, int64_t, int64_t,
-                                  const MonNotes&);
-template <typename T, bool Resolvent>
-StepsFunction steps_of(const MonSplittingArgs& a) {
-  if (a.slope != nullptr) return steps<T, Resolvent, true, MonActivation::relu>;
-  switch (a.activation) {
-    case MonActivation::tanh:
-      return steps<T, Resolvent, false, MonActivation::tanh>;
-    case MonActivation::sigmoid:
-      return steps<T, Resolvent, false, MonActivation::sigmoid>;
-    case MonActivation::softplus:
-      return steps<T, Resolvent, false, MonActivation::softplus>;
-    case MonActivation::identity:
-      return steps<T, Resolvent, false, MonActivation::identity>;
-    default:
-      return steps<T, Resolvent, false, MonActivation::relu>;
-  }
-}
-template <typename T>
-StepsFunction steps_of(const MonSplittingArgs& a) {
-  return a.resolvent != nullptr ? steps_of<T, true>(a) : steps_of<T, false>(a);
-}
-
-template <typename T>
-void finish_of(const MonSplittingArgs& a, int64_t tile, void* state, void* scratch, int64_t made,
-               void* out, void* z) {
-  if (a.slope != nullptr) {
-    return finish_tile<T, true, MonActivation::relu>(a, tile, state, scratch, made, out, z);
-  }
-  switch (a.activation) {
-    case MonActivation::tanh:
-      return finish_tile<T, false, MonActivation::tanh>(a, tile, state, scratch, made, out, z);
-    case MonActivation::sigmoid:
-      return finish_tile<T, false, MonActivation::sigmoid>(a, tile, state, scratch, made, out, z);
-    case MonActivation::softplus:
-      return finish_tile<T, false, MonActivation::softplus>(a, tile, state, scratch, made, out, z);
-    case MonActivation::identity:
-      return finish_tile<T, false, MonActivation::identity>(a, tile, state, scratch, made, out, z);
-    default:
-      return finish_tile<T, false, MonActivation::relu>(a, tile, state, scratch, made, out, z);
-  }
-}
-
 }  // namespace
 
 int64_t mon_pack_groups(int64_t n) { return row_groups(n); }
 
-int64_t mon_packed_size(int64_t n) { return row_groups(n) * kGroupRows * n; }
+int64_t mon_packed_size(int64_t n) { return mon_columns_size(n) + row_groups(n) * kGroupRows * n; }
 
 void mon_pack_matrix(DType dtype, int64_t n, const void* matrix, void* packed, int64_t begin,
                      int64_t end) {
+  const auto pack = [&](const auto* from, auto* to) {
+    pack_groups(n, from, to + mon_columns_size(n), begin, end);
+  };
   if (dtype == DType::f64) {
-    pack_groups(n, static_cast<const double*>(matrix), static_cast<double*>(packed), begin, end);
+    pack(static_cast<const double*>(matrix), static_cast<double*>(packed));
   } else {
-    pack_groups(n, static_cast<const float*>(matrix), static_cast<float*>(packed), begin, end);
+    pack(static_cast<const float*>(matrix), static_cast<float*>(packed));
   }
+  if (begin == 0) mon_pack_columns(dtype, n, matrix, packed);
 }
 
 int64_t mon_widest_tile(DType dtype, int64_t batch) {
@@ -334,29 +275,38 @@ int64_t mon_widest_tile(DType dtype, int64_t batch) {
 }
 
 int64_t mon_state_bytes(const MonSplittingArgs& a) {
+  if (a.by_sample) return mon_samples_state_bytes(a);
   const int64_t element = a.dtype == DType::f64 ? 8 : 4;
   return ((State<float>::panels(a) * a.n + 1) * a.tile + 8 * kPanelGap) * element;
 }
 
 int64_t mon_scratch_bytes(const MonSplittingArgs& a) {
+  if (a.by_sample) return mon_samples_scratch_bytes(a);
   const int64_t element = a.dtype == DType::f64 ? 8 : 4;
   return (a.n + 2) * a.tile * element;
 }
 
 void mon_begin(const MonSplittingArgs& a, int64_t tile, void* state) {
+  if (a.by_sample) return mon_samples_begin(a, tile, state);
   a.dtype == DType::f64 ? begin<double>(a, tile, state) : begin<float>(a, tile, state);
 }
 
 int64_t mon_steps(const MonSplittingArgs& a, int64_t tile, void* state, void* scratch,
                   int64_t first, int64_t count, const MonNotes& notes) {
-  const auto run = a.dtype == DType::f64 ? steps_of<double>(a) : steps_of<float>(a);
-  return run(a, tile, state, scratch, first, count, notes);
+  if (a.by_sample) return mon_samples_steps(a, tile, state, scratch, first, count, notes);
+  return with_method(a, [&](auto zero, auto resolvent, auto adjoint, auto activation) {
+    return steps<decltype(zero), resolvent.value, adjoint.value, activation.value>(
+        a, tile, state, scratch, first, count, notes);
+  });
 }
 
 void mon_finish(const MonSplittingArgs& a, int64_t tile, void* state, void* scratch, int64_t made,
                 void* out, void* z) {
-  a.dtype == DType::f64 ? finish_of<double>(a, tile, state, scratch, made, out, z)
-                        : finish_of<float>(a, tile, state, scratch, made, out, z);
+  if (a.by_sample) return mon_samples_finish(a, tile, state, scratch, out, z);
+  with_equation(a, [&](auto zero, auto adjoint, auto activation) {
+    finish_tile<decltype(zero), adjoint.value, activation.value>(a, tile, state, scratch, made, out,
+                                                                 z);
+  });
 }
 
 }  // namespace fastprune::FASTPRUNE_ISA

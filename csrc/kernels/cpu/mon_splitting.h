@@ -33,7 +33,8 @@ struct MonSplittingArgs {
   MonActivation activation;
   double alpha, tol;
   bool per_sample;
-  int64_t tile;  // samples of a tile; the last tile may have fewer. No result depends on it
+  int64_t tile;    // samples of a tile; the last tile may have fewer. No result depends on it
+  bool by_sample;  // the state sample by sample (mon_samples.h): where it may be
 
   int64_t tiles() const { return (batch + tile - 1) / tile; }
 };
