@@ -17,10 +17,18 @@ inline int64_t stride_of(int64_t n) { return (n + kRowElements - 1) / kRowElemen
 
 template <typename T>
 void pack(int64_t n, const T* matrix, T* columns) {
+  constexpr int W = kLanes<T>;
   const int64_t stride = stride_of(n);
-  for (int64_t k = 0; k < n; ++k) {
-    for (int64_t i = 0; i < n; ++i) columns[k * stride + i] = matrix[i * n + k];
-    for (int64_t i = n; i < stride; ++i) columns[k * stride + i] = 0;
+  for (int64_t i = 0; i < stride; i += W) {  // squares of rows [i, i + W)
+    for (int64_t k = 0; k < n; k += W) {
+      const int wide = static_cast<int>(n - k < W ? n - k : W);
+      Vec<T> square[W];
+      for (int r = 0; r < W; ++r) {
+        square[r] = i + r < n ? load_part(matrix + (i + r) * n + k, wide) : Vec<T>{};
+      }
+      transpose<T>(square);
+      for (int c = 0; c < wide; ++c) store(columns + (k + c) * stride + i, square[c]);
+    }
   }
 }
 
