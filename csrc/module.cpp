@@ -68,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
           name + "'");
     }
   });
+  m.def("last_mon_form", [] { return std::string(fastprune::last_mon_form()); });
   m.def("set_mon_form", [](const std::string& name) {
     if (!fastprune::set_mon_form(name.c_str())) {
       throw py::value_error("form: expected 'auto', 'by_feature' or 'by_sample', got '" + name +

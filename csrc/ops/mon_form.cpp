@@ -6,24 +6,36 @@
 namespace fastprune {
 namespace {
 
-std::atomic<MonForm> wanted{MonForm::automatic};
+std::atomic<MonForm> wanted{MonForm::automatic}, last{MonForm::automatic};
+
+constexpr struct {
+  const char* name;
+  MonForm form;
+} kNames[] = {{"auto", MonForm::automatic},
+              {"by_feature", MonForm::by_feature},
+              {"by_sample", MonForm::by_sample}};
 
 }  // namespace
 
 bool set_mon_form(const char* name) {
-  const auto is = [&](const char* known) { return std::strcmp(name, known) == 0; };
-  if (is("auto")) {
-    wanted = MonForm::automatic;
-  } else if (is("by_feature")) {
-    wanted = MonForm::by_feature;
-  } else if (is("by_sample")) {
-    wanted = MonForm::by_sample;
-  } else {
-    return false;
+  for (const auto& known : kNames) {
+    if (std::strcmp(known.name, name) != 0) continue;
+    wanted = known.form;
+    return true;
   }
-  return true;
+  return false;
 }
 
 MonForm wanted_mon_form() { return wanted; }
+
+void note_mon_form(MonForm form) { last = form; }
+
+const char* last_mon_form() {
+  const MonForm form = last;
+  for (const auto& known : kNames) {
+    if (known.form == form) return known.name;
+  }
+  return "";
+}
 
 }  // namespace fastprune

@@ -14,4 +14,8 @@ enum class MonForm {
 bool set_mon_form(const char* name);
 MonForm wanted_mon_form();
 
+// What the last solve with a dense matrix took; "auto" before the first one.
+void note_mon_form(MonForm form);
+const char* last_mon_form();
+
 }  // namespace fastprune

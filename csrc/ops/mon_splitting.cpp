@@ -292,6 +292,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mon_splitting_cpu(
   args.per_sample = per_sample;
   args.tile = tile_of(c.dtype, c.batch < 1 ? 1 : c.batch);
   args.by_sample = by_sample(args);
+  if (args.matrix.dense != nullptr) {
+    note_mon_form(args.by_sample ? MonForm::by_sample : MonForm::by_feature);
+  }
 
   Tensor out = torch::stable::empty_like(bias), z = torch::stable::empty_like(bias);
   MonVerdict verdict(bias, c.batch, per_sample);
