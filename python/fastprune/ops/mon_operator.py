@@ -321,7 +321,8 @@ def power_iteration(apply: Callable[[Tensor], Tensor], x: Tensor, steps: int = 6
 
 @torch.library.register_fake("fastprune::mon_pack")
 def _pack_fake(matrix: Tensor) -> Tensor:
-    n = matrix.shape[0]  # twice: columns of whole vectors, where it may pay, and rows in groups of 6
+    # Twice: columns of whole vectors, where it may pay, and rows in groups of 6.
+    n = matrix.shape[0]
     columns = (n + 15) // 16 * 16 * n if n <= 1024 else 0
     return matrix.new_empty(columns + (n + 5) // 6 * 6 * n)
 
