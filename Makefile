@@ -83,4 +83,4 @@ $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 	@touch $@
 
 clean:
-	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)
+	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV) $(SANITIZE_VENV)

@@ -248,9 +248,9 @@ def mon_splitting(
         FloatingPointError, RuntimeError: as ``on_failure`` says.
     Starts at zero. Differentiable any number of times with respect to bias, A, B, g and h, by the
     implicit function theorem. Cost per step and sample: 2 n^2 flops, or 4 nnz(A) + 4 nnz(B) where
-    masks make that cheaper; zeros of a ReLU state are left out where n is small or the batch is; for
-    maps one complex product per pair of frequencies. The weights are
-    prepared at every call; the layers keep what they prepared.
+    masks make that cheaper; zeros of a ReLU state are left out where n or the batch is small. For
+    maps one complex product per pair of frequencies. The weights are prepared at every call; the
+    layers keep what they prepared.
     Source: Winston and Kolter 2020, Algorithms 1 and 2; paper 000, equation 2.
     """
     check_settings(activation, solver, alpha, tol, max_iter)
