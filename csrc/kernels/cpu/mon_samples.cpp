@@ -1,7 +1,5 @@
 #include "kernels/cpu/mon_samples.h"
 
-#include <cmath>
-
 #include "kernels/cpu/mon_step.h"
 #include "kernels/cpu/panel.h"
 
@@ -283,12 +281,10 @@ struct Steps {
     for (int64_t i = first; i < first + count; ++i) {
       Vec<T> changes[W] = {}, squares[W] = {};
       make(sample, i == 0, changes, squares);
-      const double change = std::sqrt(static_cast<double>(sum_lanes<T>(changes)[0]));
-      const double norm = std::sqrt(static_cast<double>(sum_lanes<T>(squares)[0]));
-      const double residual = change / (1e-6 + norm);
+      const double residual = sample_residual(sum_lanes<T>(changes)[0], sum_lanes<T>(squares)[0]);
       notes.iterations[sample] = i + 1;
       notes.residuals[sample] = residual;
-      if (!(residual > a.tol && residual <= __DBL_MAX__)) return;  // NaN stops it too
+      if (!goes_on(residual, a.tol)) return;
     }
   }
 };

@@ -1,7 +1,5 @@
 #include "kernels/cpu/mon_splitting.h"
 
-#include <cmath>
-
 #include "kernels/cpu/masked_linear_tiles.h"
 #include "kernels/cpu/mon_dense.h"
 #include "kernels/cpu/mon_samples.h"
@@ -185,13 +183,10 @@ bool stop_samples(const MonSplittingArgs& a, const State<T>& s, const TileOf<T>&
   bool running = false;
   for (int j = 0; j < tile.n; ++j) {
     if (s.active[j] == 0) continue;
-    const double change = std::sqrt(static_cast<double>(norms[j])),
-                 norm = std::sqrt(static_cast<double>(norms[tile.lanes + j]));
-    const double residual = change / (1e-6 + norm);
+    const double residual = sample_residual(norms[j], norms[tile.lanes + j]);
     ++notes.iterations[j];
     notes.residuals[j] = residual;
-    // NaN stops a sample too.
-    if (residual > a.tol && residual <= __DBL_MAX__) {
+    if (goes_on(residual, a.tol)) {
       running = true;
     } else {
       s.active[j] = 0;

@@ -1,6 +1,7 @@
 // What a splitting step does to a vector of the state, given its product.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "kernels/cpu/mon_activations.h"
@@ -83,6 +84,15 @@ inline auto with_method(const MonSplittingArgs& a, F f) {
     return a.resolvent != nullptr ? f(zero, std::true_type{}, adjoint, activation)
                                   : f(zero, std::false_type{}, adjoint, activation);
   });
+}
+
+// A sample's residual from its squared norms, as the batch's (ops/mon_iterations.h), and whether it
+// goes on: NaN and infinity stop it too.
+inline double sample_residual(double change, double norm) {
+  return std::sqrt(change) / (1e-6 + std::sqrt(norm));
+}
+inline bool goes_on(double residual, double tol) {
+  return residual > tol && residual <= __DBL_MAX__;
 }
 
 // J / (J + alpha (1 - J)), of n values.
